@@ -1,0 +1,91 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// Build compiles the quorate command into dir and returns its path. With race it has the race detector in it, and
+// is then several times slower and bigger: fit for tests, not for measurements.
+func Build(ctx context.Context, dir string, race bool) (string, error) {
+	name, args := "quorate", []string{"build"}
+	if race {
+		name, args = "quorate-race", append(args, "-race")
+	}
+	path := filepath.Join(dir, name)
+	args = append(args, "-o", path, "github.com/quorate/quorate/cmd/quorate")
+	if out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build quorate: %w\n%s", err, out)
+	}
+	return path, nil
+}
+
+// TempDir makes a directory that a server running as an unprivileged user can reach; os.MkdirTemp's are closed.
+// Under is the parent, "" the system's directory for temporary files.
+func TempDir(under string) (string, error) {
+	dir, err := os.MkdirTemp(under, "quorate-test-")
+	if err != nil {
+		return "", fmt.Errorf("make directory: %w", err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return "", errors.Join(fmt.Errorf("open directory: %w", err), os.RemoveAll(dir))
+	}
+	return dir, nil
+}
+
+// portBlocks are the distances from the base port at which "quorate demo" puts gateway, PostgreSQL, gRPC, HTTP and
+// Raft of a node.
+var portBlocks = [...]int{gatewayPorts, postgresPorts, grpcPorts, httpPorts, raftPorts}
+
+const (
+	gatewayPorts  = 0
+	postgresPorts = 100
+	grpcPorts     = 200
+	httpPorts     = 300
+	raftPorts     = 400
+)
+
+// freeBasePort finds a base port whose whole block is free now. It stays below the range from which Linux takes
+// the ports of outgoing connections (32768 and up), so that none of ours is taken before the nodes listen.
+func freeBasePort(nodes int) (int, error) {
+	const low, high, step = 10000, 31000, 500
+	// Start at a place of this process's own: several tests may run side by side.
+	start := os.Getpid() % ((high - low) / step)
+	for i := range (high - low) / step {
+		base := low + (start+i)%((high-low)/step)*step
+		if portsFree(base, nodes) {
+			return base, nil
+		}
+	}
+	return 0, fmt.Errorf("find free ports: none in %d to %d", low, high)
+}
+
+func portsFree(base, nodes int) bool {
+	for _, block := range portBlocks {
+		for i := 1; i <= nodes; i++ {
+			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+block+i))
+			if err != nil {
+				return false
+			}
+			if l.Close() != nil {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// tail returns the last n lines of a text.
+func tail(text string, n int) string {
+	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
+	if len(lines) > n {
+		lines = lines[len(lines)-n:]
+	}
+	return strings.Join(lines, "\n")
+}
