@@ -59,9 +59,10 @@ const (
 	AbortRequested             // an Abort entry came first
 	AbortEvicted               // it blocked an entry that is already decided
 	AbortNoQuorum              // it could not be ordered
+	AbortCapture               // its changes could not be read from the server
 )
 
-var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum"}
+var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum", "capture"}
 
 // String returns the metric label.
 func (r AbortReason) String() string {

@@ -1,0 +1,283 @@
+// Package replication turns the ordered log into decisions: it decodes entries, certifies transactions, keeps the
+// pieces of large ones together, and hands each decision on. It is deterministic: equal logs give equal decisions on
+// every node.
+package replication
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/certify"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// Decision is what the log says of one transaction.
+type Decision struct {
+	Index   txn.LogIndex
+	Set     *txn.WriteSet
+	Chunks  []txn.LogIndex // the log indexes of its Chunk entries, in order
+	Verdict txn.Verdict
+}
+
+// Config configures a Machine. All fields are required.
+type Config struct {
+	// Deliver takes decisions in log order. It may block: that is the back-pressure on the log.
+	Deliver func(Decision)
+	// Processed says that every decision of the entries up to index has been delivered.
+	Processed func(index txn.LogIndex)
+	// Durable returns when the local PostgreSQL will not forget the transactions up to csn, not even in a crash.
+	Durable func(csn txn.CSN) error
+	// Member takes a member's announcement.
+	Member func(codec.Member)
+	// Fail stops the node: the log cannot be read, and skipping an entry would be divergence. Nothing is delivered
+	// after it.
+	Fail func(error)
+}
+
+// chunkLifetime is how many entries a large transaction may stay unfinished after its last chunk. Then its chunks are
+// forgotten, and with them the transaction aborts: the log must not be kept for ever for an origin that died.
+const chunkLifetime txn.LogIndex = 1 << 20
+
+// Machine is the state that the log determines. Apply, Snapshot and Restore are called by one goroutine; the other
+// methods are safe for concurrent use.
+type Machine struct {
+	cfg    Config
+	failed bool
+
+	mu        sync.Mutex // guards what follows, against readers
+	certifier *certify.Certifier
+	index     txn.LogIndex
+	chunks    map[txn.GID]*chunkList
+	members   map[txn.NodeID]codec.Member
+}
+
+type chunkList struct {
+	Indexes []txn.LogIndex `json:"indexes"` // of parts 0, 1, 2 …
+}
+
+// New returns an empty machine.
+func New(cfg Config) *Machine {
+	return &Machine{cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList), members: make(map[txn.NodeID]codec.Member)}
+}
+
+// Apply takes one entry of the log.
+func (m *Machine) Apply(index txn.LogIndex, data []byte) {
+	if m.failed {
+		return
+	}
+	entry, err := codec.Decode(data)
+	if err != nil {
+		m.failed = true
+		m.cfg.Fail(fmt.Errorf("decode log entry %d: %w", index, err))
+		return
+	}
+	m.mu.Lock()
+	decisions := m.decide(index, entry)
+	m.mu.Unlock()
+	for _, d := range decisions {
+		m.cfg.Deliver(d)
+	}
+	if entry.Member != nil {
+		m.cfg.Member(*entry.Member)
+	}
+	m.cfg.Processed(index)
+}
+
+// decide changes the state by one entry. Called with mu held.
+func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
+	m.index = index
+	switch {
+	case entry.Transactions != nil:
+		decisions := make([]Decision, 0, len(entry.Transactions))
+		for _, set := range entry.Transactions {
+			decisions = append(decisions, m.decideOne(index, set))
+		}
+		return decisions
+	case entry.Chunk != nil:
+		m.addChunk(index, *entry.Chunk)
+	case entry.Abort != nil:
+		m.certifier.Abort(*entry.Abort)
+		delete(m.chunks, *entry.Abort)
+	case entry.Member != nil:
+		m.addMember(*entry.Member)
+	case entry.Horizon != 0:
+		m.certifier.Advance(entry.Horizon)
+	}
+	return nil
+}
+
+func (m *Machine) decideOne(index txn.LogIndex, set *txn.WriteSet) Decision {
+	d := Decision{Index: index, Set: set}
+	if set.Chunks > 0 {
+		list := m.chunks[set.GID]
+		if list == nil || uint32(len(list.Indexes)) != set.Chunks {
+			if _, decided := m.certifier.Outcome(set.GID); !decided {
+				m.certifier.Abort(set.GID) // its chunks were given up: every node says so
+			}
+		} else {
+			d.Chunks = list.Indexes
+		}
+		delete(m.chunks, set.GID)
+	}
+	d.Verdict = m.certifier.Decide(set)
+	return d
+}
+
+// addChunk appends a part. A part that comes twice (a proposal sent again) is ignored; a gap cannot arise, since the
+// origin sends a part only when the one before is in the log, but would make the transaction abort.
+func (m *Machine) addChunk(index txn.LogIndex, chunk codec.Chunk) {
+	if _, decided := m.certifier.Outcome(chunk.GID); decided {
+		return
+	}
+	list := m.chunks[chunk.GID]
+	if list == nil {
+		list = &chunkList{}
+		m.chunks[chunk.GID] = list
+	}
+	if chunk.Part == uint32(len(list.Indexes)) {
+		list.Indexes = append(list.Indexes, index)
+	}
+	maps.DeleteFunc(m.chunks, func(_ txn.GID, l *chunkList) bool {
+		return len(l.Indexes) == 0 || l.Indexes[len(l.Indexes)-1]+chunkLifetime < index
+	})
+}
+
+// addMember records an announcement. The member's earlier incarnations are dead: what they left unfinished is dropped.
+func (m *Machine) addMember(member codec.Member) {
+	m.members[member.Node] = member
+	maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool {
+		return gid.Node == member.Node && gid.Incarnation != member.Incarnation
+	})
+}
+
+// LastCSN is the number of transactions that the log has let commit so far, whether applied here or not.
+func (m *Machine) LastCSN() txn.CSN {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.certifier.LastCSN()
+}
+
+// Horizon is the lowest CSN that the certifier can judge from.
+func (m *Machine) Horizon() txn.CSN {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.certifier.Horizon()
+}
+
+// Digest is a rolling hash of all verdicts so far and the CSN up to which it reaches: equal on all nodes.
+func (m *Machine) Digest() (txn.CSN, uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.certifier.LastCSN(), m.certifier.Digest()
+}
+
+// Members returns what the members have announced, by node.
+func (m *Machine) Members() []codec.Member {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.SortedFunc(maps.Values(m.members), func(a, b codec.Member) int { return int(a.Node) - int(b.Node) })
+}
+
+// ErrUnfinished: no snapshot can be taken while a large transaction's chunks are in the log but its end is not.
+var ErrUnfinished = errors.New("a large transaction is unfinished")
+
+// Snapshot is a consistent copy of a Machine's state.
+type Snapshot struct {
+	durable func(txn.CSN) error
+	csn     txn.CSN
+	header  []byte
+	state   io.WriterTo
+}
+
+type header struct {
+	Index   txn.LogIndex   `json:"index"`
+	CSN     txn.CSN        `json:"csn"`
+	Members []codec.Member `json:"members"`
+}
+
+// magic begins a snapshot; its last byte is the version.
+var magic = []byte("quorate snapshot\x01")
+
+// Snapshot copies the state. It fails with ErrUnfinished when it cannot be taken now.
+func (m *Machine) Snapshot() (*Snapshot, error) {
+	members := m.Members()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.chunks) > 0 {
+		return nil, ErrUnfinished
+	}
+	h, err := json.Marshal(header{Index: m.index, CSN: m.certifier.LastCSN(), Members: members})
+	if err != nil {
+		return nil, fmt.Errorf("encode snapshot header: %w", err)
+	}
+	return &Snapshot{durable: m.cfg.Durable, csn: m.certifier.LastCSN(), header: h, state: m.certifier.Snapshot()}, nil
+}
+
+// WriteTo waits until PostgreSQL holds durably what the snapshot covers (the log up to it may be truncated
+// afterwards), then writes the snapshot.
+func (s *Snapshot) WriteTo(w io.Writer) (int64, error) {
+	if err := s.durable(s.csn); err != nil {
+		return 0, fmt.Errorf("make CSN %d durable: %w", s.csn, err)
+	}
+	head := slices.Clone(magic)
+	head = binary.BigEndian.AppendUint32(head, uint32(len(s.header)))
+	head = append(head, s.header...)
+	head = binary.BigEndian.AppendUint32(head, crc32.Checksum(s.header, castagnoli))
+	n, err := w.Write(head)
+	if err != nil {
+		return int64(n), fmt.Errorf("write snapshot: %w", err)
+	}
+	more, err := s.state.WriteTo(w)
+	if err != nil {
+		err = fmt.Errorf("write snapshot: %w", err)
+	}
+	return int64(n) + more, err
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+const maxHeader = 16 << 20
+
+// Restore replaces the state. An error leaves the machine unusable.
+func (m *Machine) Restore(r io.Reader) error {
+	prefix := make([]byte, len(magic)+4)
+	if _, err := io.ReadFull(r, prefix); err != nil {
+		return fmt.Errorf("read snapshot: %w", err)
+	}
+	length := binary.BigEndian.Uint32(prefix[len(magic):])
+	if !bytes.HasPrefix(prefix, magic) || length > maxHeader {
+		return fmt.Errorf("read snapshot: %w: not a snapshot of this version", txn.ErrCorrupt)
+	}
+	body := make([]byte, length+4)
+	if _, err := io.ReadFull(r, body); err != nil {
+		return fmt.Errorf("read snapshot: %w", err)
+	}
+	if crc32.Checksum(body[:length], castagnoli) != binary.BigEndian.Uint32(body[length:]) {
+		return fmt.Errorf("read snapshot header: %w: checksum", txn.ErrCorrupt)
+	}
+	var h header
+	if err := json.Unmarshal(body[:length], &h); err != nil {
+		return fmt.Errorf("read snapshot header: %w", err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.certifier.Restore(r); err != nil {
+		return fmt.Errorf("restore certifier: %w", err)
+	}
+	m.index = h.Index
+	m.chunks = make(map[txn.GID]*chunkList)
+	m.members = make(map[txn.NodeID]codec.Member)
+	for _, member := range h.Members {
+		m.members[member.Node] = member
+	}
+	return nil
+}

@@ -1,0 +1,104 @@
+package pg
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/txn"
+)
+
+//go:embed schema.sql
+var schema string
+
+// Slot and Publication are what capture streams from.
+const (
+	Slot        = "quorate"
+	Publication = "quorate"
+)
+
+// Identity is who a node is, as its own PostgreSQL remembers it.
+type Identity struct {
+	Cluster  string
+	Node     txn.NodeID
+	Slot     int // residue of its sequences, 0 ≤ Slot < MaxNodes
+	MaxNodes int // how many residues there are; fixed when the cluster is founded
+}
+
+// ErrForeignData: the data directory belongs to another cluster or another node.
+var ErrForeignData = errors.New("data directory belongs to another cluster or node")
+
+// Install puts the node-local objects (schema quorate, event triggers, publication, replication slot) into the
+// database, or brings them up to date. It is idempotent and never touches user data. conn must be a superuser's.
+// An error wrapping ErrForeignData means that the database already has another identity; nothing was changed then.
+func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) error {
+	var installed string
+	if err := scan(ctx, conn, `SELECT coalesce(to_regclass('quorate.identity')::text, '')`, &installed); err != nil {
+		return err
+	}
+	if installed != "" {
+		var found string
+		if err := scan(ctx, conn, `SELECT coalesce((SELECT cluster || ' node ' || node FROM quorate.identity), '')`, &found); err != nil {
+			return err
+		}
+		if want := fmt.Sprintf("%s node %d", id.Cluster, id.Node); found != "" && found != want {
+			return fmt.Errorf("%w: it is %q, the configuration says %q", ErrForeignData, found, want)
+		}
+	}
+	script := "BEGIN READ WRITE;\nSET LOCAL session_replication_role = replica;\nSET LOCAL client_min_messages = warning;\n" + schema +
+		fmt.Sprintf("\nINSERT INTO quorate.identity (cluster, node, slot, max_nodes) VALUES (%s, %d, %d, %d) ON CONFLICT DO NOTHING;\nSELECT quorate.own_sequences();\nCOMMIT;",
+			quoteLiteral(id.Cluster), id.Node, id.Slot, id.MaxNodes)
+	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
+		return fmt.Errorf("install schema quorate: %w", err)
+	}
+	var slots string
+	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_replication_slots WHERE slot_name = '`+Slot+`'`, &slots); err != nil {
+		return err
+	}
+	if slots == "0" {
+		if _, err := conn.Exec(ctx, `SELECT pg_create_logical_replication_slot('`+Slot+`', 'pgoutput')`).ReadAll(); err != nil {
+			return fmt.Errorf("create replication slot %s: %w", Slot, err)
+		}
+	}
+	return nil
+}
+
+// Settle ends every other client backend of the database and waits until it is gone: what an earlier incarnation of
+// the sidecar left open must not hold locks, nor commit, beside this one.
+func Settle(ctx context.Context, conn *pgconn.PgConn) error {
+	for {
+		var left string
+		if err := scan(ctx, conn, `SELECT count(pg_terminate_backend(pid, 1000))::text FROM pg_stat_activity
+			WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND datname = current_database()`, &left); err != nil {
+			return fmt.Errorf("end leftover sessions: %w", err)
+		}
+		if left == "0" {
+			return nil
+		}
+	}
+}
+
+// scan runs a query that yields one text value.
+func scan(ctx context.Context, conn *pgconn.PgConn, sql string, to *string) error {
+	results, err := conn.Exec(ctx, sql).ReadAll()
+	if err != nil {
+		return fmt.Errorf("query %q: %w", sql, err)
+	}
+	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 1 {
+		return fmt.Errorf("query %q: not one value", sql)
+	}
+	*to = string(results[0].Rows[0][0])
+	return nil
+}
+
+func quoteLiteral(s string) string {
+	s = strings.ReplaceAll(s, "'", "''")
+	if strings.Contains(s, `\`) {
+		return ` E'` + strings.ReplaceAll(s, `\`, `\\`) + `'`
+	}
+	return "'" + s + "'"
+}

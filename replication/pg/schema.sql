@@ -1,0 +1,359 @@
+-- Objects that one node keeps in its own PostgreSQL. Nothing here is replicated: every node installs its own copy,
+-- in a session whose session_replication_role is replica, so that the event triggers below do not see it.
+-- Idempotent: run at every start.
+
+CREATE SCHEMA IF NOT EXISTS quorate;
+GRANT USAGE ON SCHEMA quorate TO PUBLIC;
+
+-- A row inserted here inside a savepoint that is then rolled back is "a later change" of the transaction, which is
+-- what makes logical decoding give up the changes it holds back behind an unconfirmed speculative insert.
+CREATE TABLE IF NOT EXISTS quorate.nudge (id bigint);
+GRANT INSERT ON quorate.nudge TO PUBLIC;
+
+-- One row: who this node is.
+CREATE TABLE IF NOT EXISTS quorate.identity (
+    only_row  boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    cluster   text    NOT NULL,
+    node      integer NOT NULL,
+    slot      integer NOT NULL,
+    max_nodes integer NOT NULL
+);
+
+-- The sequences that have been given this node's residue, with their definition as the user wrote it.
+CREATE TABLE IF NOT EXISTS quorate.sequences (
+    sequence  oid PRIMARY KEY,
+    start     bigint NOT NULL,
+    increment bigint NOT NULL
+);
+GRANT SELECT ON quorate.identity, quorate.sequences TO PUBLIC;
+
+-- own_sequence gives this node every max_nodes-th value of a sequence: increment times max_nodes, beginning with the
+-- node's slot. Calling it again, or after ALTER SEQUENCE, only moves the next value up into the node's residue.
+CREATE OR REPLACE FUNCTION quorate.own_sequence(s oid) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET session_replication_role = replica
+AS $$
+DECLARE
+    me      quorate.identity;
+    now_    pg_sequence;
+    before  quorate.sequences;
+    wide    bigint;
+    start0  bigint;
+    step    bigint;
+    next_   numeric;
+    offset_ numeric;
+BEGIN
+    SELECT * INTO STRICT me FROM quorate.identity;
+    SELECT * INTO now_ FROM pg_sequence WHERE seqrelid = s;
+    IF NOT FOUND THEN RETURN; END IF;
+    SELECT * INTO before FROM quorate.sequences WHERE sequence = s;
+    -- what differs from what was set here last, the user has set since
+    step := now_.seqincrement;
+    start0 := now_.seqstart;
+    IF before.sequence IS NOT NULL THEN
+        IF now_.seqincrement = before.increment * me.max_nodes THEN
+            step := before.increment;
+        END IF;
+        IF now_.seqstart = before.start + me.slot * before.increment THEN
+            start0 := before.start;
+        END IF;
+    END IF;
+    wide := step * me.max_nodes;
+    EXECUTE format('SELECT CASE WHEN is_called THEN last_value::numeric + %s ELSE last_value END FROM %s', step, s::regclass) INTO next_;
+    -- the smallest value at or past next_ (in the sequence's direction) that is start0 + slot*step modulo wide
+    offset_ := (start0::numeric + me.slot::numeric * step - next_) % wide;
+    IF offset_ * sign(wide) < 0 THEN offset_ := offset_ + wide; END IF;
+    next_ := next_ + offset_;
+    IF next_ > now_.seqmax OR next_ < now_.seqmin THEN
+        RAISE EXCEPTION USING ERRCODE = '2200H',
+            MESSAGE = format('sequence %s has no room for %s nodes', s::regclass, me.max_nodes),
+            HINT = 'Widen MINVALUE or MAXVALUE, or use a wider type: every node takes each ' || me.max_nodes || 'th value.';
+    END IF;
+    EXECUTE format('ALTER SEQUENCE %s INCREMENT BY %s START WITH %s RESTART WITH %s',
+        s::regclass, wide,
+        CASE WHEN start0::numeric + me.slot::numeric * step BETWEEN now_.seqmin AND now_.seqmax THEN start0 + me.slot * step ELSE start0 END,
+        next_);
+    INSERT INTO quorate.sequences VALUES (s, start0, step)
+    ON CONFLICT (sequence) DO UPDATE SET start = excluded.start, increment = excluded.increment;
+END $$;
+
+-- own_sequences owns every sequence that is not yet, after DDL was replayed here.
+CREATE OR REPLACE FUNCTION quorate.own_sequences() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET session_replication_role = replica
+AS $$
+DECLARE
+    s oid;
+BEGIN
+    DELETE FROM quorate.sequences q WHERE NOT EXISTS (SELECT FROM pg_sequence p WHERE p.seqrelid = q.sequence);
+    FOR s IN
+        SELECT p.seqrelid FROM pg_sequence p JOIN pg_class c ON c.oid = p.seqrelid
+        CROSS JOIN quorate.identity me LEFT JOIN quorate.sequences q ON q.sequence = p.seqrelid
+        WHERE c.relpersistence <> 't'
+          AND (q.sequence IS NULL OR p.seqincrement <> q.increment * me.max_nodes OR p.seqstart <> q.start + me.slot * q.increment)
+        ORDER BY p.seqrelid
+    LOOP
+        PERFORM quorate.own_sequence(s);
+    END LOOP;
+END $$;
+
+-- ddl_text finds the text of the DDL statement for which an event trigger runs, from that trigger's PG_CONTEXT: the
+-- innermost 'SQL statement "…"' where it runs inside PL/pgSQL, otherwise what the client sent (the gateway sends
+-- statements that hold DDL one at a time).
+CREATE OR REPLACE FUNCTION quorate.ddl_text(context text) RETURNS text
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    rest text := substr(context, strpos(context, E'\n') + 1); -- the first line is the trigger itself
+    sql  text;
+BEGIN
+    IF strpos(context, E'\n') = 0 THEN
+        sql := current_query();
+    ELSIF rest LIKE 'SQL statement "%' THEN
+        sql := substring(rest FROM '^SQL statement "(.*?)"\n(?:PL/pgSQL function|SQL function|SQL statement|SQL expression|PL/pgSQL)');
+        IF sql IS NULL THEN
+            sql := substring(rest FROM '^SQL statement "(.*)"$');
+        END IF;
+    END IF;
+    IF sql IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'this DDL statement cannot be replicated: its text is not available',
+            DETAIL = rest,
+            HINT = 'Run it directly, or from PL/pgSQL, instead of from a function in another language.';
+    END IF;
+    IF strpos(context, E'\n') > 0
+       AND regexp_replace(regexp_replace(sql, '\$([A-Za-z_]*)\$.*?\$\1\$', '', 'g'), '''(?:[^'']|'''')*''|"[^"]*"|--[^\n]*', '', 'g') ~ ';\s*\S'
+       AND sql !~* '\mbegin\s+atomic\M' THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'several statements in one EXECUTE cannot be replicated when one of them is DDL',
+            HINT = 'EXECUTE them one at a time.';
+    END IF;
+    RETURN sql;
+END $$;
+
+-- emit_ddl writes the message by which peers replay a statement at its place in the transaction.
+CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_logical_emit_message(true, 'quorate.ddl', jsonb_build_object(
+        'sql', sql, 'tag', tag, 'search_path', path, 'role', current_user, 'tables', tables,
+        'settings', jsonb_build_object(
+            'check_function_bodies', current_setting('check_function_bodies'),
+            'default_table_access_method', current_setting('default_table_access_method'),
+            'default_toast_compression', current_setting('default_toast_compression'),
+            'standard_conforming_strings', current_setting('standard_conforming_strings'),
+            'DateStyle', current_setting('DateStyle'),
+            'IntervalStyle', current_setting('IntervalStyle'),
+            'TimeZone', current_setting('TimeZone')))::text);
+END $$;
+
+-- affected_tables lists the tables that the objects of a ddl_command_end belong to, and the parents of their foreign
+-- keys: a new foreign key must not pass a concurrent delete of its parent. NULL means any table: the statement changes
+-- what names or values mean (a table's old name cannot be found any more; rows on their way may hold a label of an
+-- enum under its old name), or is not known to be harmless.
+CREATE OR REPLACE FUNCTION quorate.affected_tables(tag text, sql text, classes oid[], objects oid[]) RETURNS jsonb
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT CASE
+    WHEN tag IN ('COMMENT', 'GRANT', 'REVOKE', 'SECURITY LABEL', 'ALTER DEFAULT PRIVILEGES') THEN '[]'::jsonb
+    WHEN tag LIKE '%EXTENSION' THEN NULL
+    WHEN tag LIKE 'ALTER %' AND tag NOT IN ('ALTER TABLE', 'ALTER FUNCTION', 'ALTER PROCEDURE', 'ALTER ROUTINE', 'ALTER VIEW',
+        'ALTER MATERIALIZED VIEW', 'ALTER SEQUENCE', 'ALTER INDEX', 'ALTER TRIGGER', 'ALTER POLICY', 'ALTER STATISTICS') THEN NULL
+    WHEN tag = 'ALTER TABLE' AND sql ~* '\mrename\M|\mset\s+schema\M' THEN NULL
+    ELSE (WITH object AS (SELECT * FROM unnest(classes, objects) AS o(class, id)),
+    relation AS (
+        SELECT id FROM object WHERE class = 'pg_class'::regclass
+        UNION SELECT t.tgrelid FROM object JOIN pg_trigger t ON class = 'pg_trigger'::regclass AND t.oid = id
+        UNION SELECT p.polrelid FROM object JOIN pg_policy p ON class = 'pg_policy'::regclass AND p.oid = id
+        UNION SELECT r.ev_class FROM object JOIN pg_rewrite r ON class = 'pg_rewrite'::regclass AND r.oid = id
+        UNION SELECT c.conrelid FROM object JOIN pg_constraint c ON class = 'pg_constraint'::regclass AND c.oid = id
+        UNION SELECT d.adrelid FROM object JOIN pg_attrdef d ON class = 'pg_attrdef'::regclass AND d.oid = id),
+    tables AS (
+        SELECT id FROM relation
+        UNION SELECT i.indrelid FROM relation JOIN pg_index i ON i.indexrelid = id),
+    related AS (
+        SELECT id FROM tables
+        UNION SELECT f.confrelid FROM tables JOIN pg_constraint f ON f.conrelid = id AND f.contype = 'f'
+        UNION SELECT h.inhparent FROM tables JOIN pg_inherits h ON h.inhrelid = id)
+    SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_array(n.nspname, c.relname)), '[]')
+    FROM related JOIN pg_class c ON c.oid = related.id AND c.relkind IN ('r', 'p')
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relpersistence <> 't') END
+$$;
+
+-- CREATE TABLE AS writes its rows before ddl_command_end, but a peer must create the table first. What the script of
+-- an extension does is replayed by the statement that ran the script.
+CREATE OR REPLACE FUNCTION quorate.on_ddl_start() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    path    text := pg_catalog.current_setting('search_path');
+    context text;
+    sql     text;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    IF tg_tag LIKE '%EXTENSION' THEN
+        PERFORM pg_catalog.set_config('quorate.extension_script', 'running', true);
+        RETURN;
+    END IF;
+    IF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+        RETURN;
+    END IF;
+    IF tg_tag = 'SELECT INTO' THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'SELECT INTO is not supported in a Quorate cluster',
+            HINT = 'Use CREATE TABLE … AS.';
+    END IF;
+    sql := quorate.ddl_text(context);
+    IF sql OPERATOR(pg_catalog.~*) '^\s*create\s+((local|global)\s+)?temp' THEN
+        RETURN;
+    END IF;
+    PERFORM quorate.emit_ddl(sql, tg_tag, path, '[]');
+END $$;
+
+CREATE OR REPLACE FUNCTION quorate.on_ddl_end() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    path    text := pg_catalog.current_setting('search_path');
+    context text;
+    sql     text;
+    classes oid[];
+    objects oid[];
+    n_temp  bigint;
+    n_all   bigint;
+    n_ours  bigint;
+    s       oid;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    IF tg_tag LIKE '%EXTENSION' THEN
+        PERFORM pg_catalog.set_config('quorate.extension_script', '', true);
+        PERFORM quorate.own_sequences();
+    ELSIF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+        RETURN;
+    END IF;
+    SELECT pg_catalog.array_agg(c.classid), pg_catalog.array_agg(c.objid),
+           pg_catalog.count(*) FILTER (WHERE c.schema_name = 'pg_temp'), pg_catalog.count(*),
+           pg_catalog.count(*) FILTER (WHERE c.schema_name = 'quorate' OR c.object_identity = 'quorate' AND c.object_type = 'schema')
+      INTO classes, objects, n_temp, n_all, n_ours
+      FROM pg_catalog.pg_event_trigger_ddl_commands() c WHERE NOT c.in_extension;
+    IF n_all = 0 THEN
+        RETURN; -- nothing was done (IF NOT EXISTS), or the sql_drop trigger has spoken
+    END IF;
+    IF n_ours > 0 THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'the schema quorate belongs to the cluster';
+    END IF;
+    IF n_temp = n_all THEN
+        IF tg_tag = 'CREATE TABLE AS' AND quorate.ddl_text(context) OPERATOR(pg_catalog.!~*) '^\s*create\s+((local|global)\s+)?temp' THEN
+            RAISE EXCEPTION USING ERRCODE = '0A000',
+                MESSAGE = 'a temporary table made by naming pg_temp cannot be told from a permanent one in time',
+                HINT = 'Use CREATE TEMPORARY TABLE … AS.';
+        END IF;
+        RETURN;
+    END IF;
+    FOR s IN
+        SELECT q.seqrelid FROM pg_catalog.pg_sequence q JOIN pg_catalog.pg_class c ON c.oid = q.seqrelid
+        WHERE c.relpersistence <> 't' AND
+          (q.seqrelid = ANY (objects) OR EXISTS (SELECT FROM pg_catalog.pg_depend d
+             WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = q.seqrelid AND d.refobjid = ANY (objects) AND d.deptype IN ('a', 'i')))
+    LOOP
+        PERFORM quorate.own_sequence(s);
+    END LOOP;
+    IF tg_tag = 'CREATE TABLE AS' THEN
+        sql := ''; -- on_ddl_start has sent the text; this names the table
+    ELSE
+        sql := quorate.ddl_text(context);
+    END IF;
+    PERFORM quorate.emit_ddl(sql, tg_tag, path, quorate.affected_tables(tg_tag, sql, classes, objects));
+END $$;
+
+CREATE OR REPLACE FUNCTION quorate.on_drop() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    path    text := pg_catalog.current_setting('search_path');
+    context text;
+    n_temp  bigint;
+    n_all   bigint;
+    n_ours  bigint;
+    tables  jsonb;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    IF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+        RETURN;
+    END IF;
+    SELECT pg_catalog.count(*) FILTER (WHERE d.is_temporary AND d.original), pg_catalog.count(*) FILTER (WHERE d.original),
+           pg_catalog.count(*) FILTER (WHERE d.schema_name = 'quorate' OR d.object_type = 'schema' AND d.object_name = 'quorate'
+             OR d.object_type IN ('event trigger', 'publication') AND d.object_name LIKE 'quorate%'),
+           coalesce(pg_catalog.jsonb_agg(DISTINCT pg_catalog.jsonb_build_array(d.schema_name, d.object_name)) FILTER (WHERE d.object_type = 'table' AND NOT d.is_temporary), '[]')
+           || coalesce(pg_catalog.jsonb_agg(DISTINCT pg_catalog.jsonb_build_array(d.address_names[1], d.address_names[2]))
+                FILTER (WHERE d.object_type IN ('trigger', 'policy', 'rule', 'table constraint', 'table column') AND NOT d.is_temporary), '[]')
+      INTO n_temp, n_all, n_ours, tables
+      FROM pg_catalog.pg_event_trigger_dropped_objects() d;
+    IF n_ours > 0 THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'the schema quorate belongs to the cluster';
+    END IF;
+    IF tg_tag NOT LIKE 'DROP%' OR n_all = 0 OR n_temp = n_all THEN
+        RETURN; -- ddl_command_end speaks for ALTER … DROP
+    END IF;
+    IF n_temp > 0 THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'temporary and permanent objects cannot be dropped in one statement',
+            HINT = 'Drop the temporary ones, which other nodes do not have, separately.';
+    END IF;
+    IF tg_tag IN ('DROP EXTENSION', 'DROP OWNED') THEN
+        tables := NULL;
+    END IF;
+    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, path, tables);
+END $$;
+
+-- A default that differs each time it is computed would give every node other rows.
+CREATE OR REPLACE FUNCTION quorate.on_rewrite() RETURNS event_trigger
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    col text;
+BEGIN
+    IF EXISTS (SELECT FROM pg_class WHERE oid = pg_event_trigger_table_rewrite_oid() AND relpersistence = 't') THEN
+        RETURN;
+    END IF;
+    SELECT a.attname INTO col
+      FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum,
+           LATERAL regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id)
+      JOIN pg_proc p ON p.oid = f.id[1]::oid
+     WHERE d.adrelid = pg_event_trigger_table_rewrite_oid() AND p.provolatile = 'v'
+       AND d.xmin::text::bigint >= (pg_current_xact_id()::text::bigint & 4294967295)
+     LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = format('column %I has a volatile default, which would give the existing rows other values on each node', col),
+            HINT = 'Add the column without a default, UPDATE the rows, then set the default.';
+    END IF;
+END $$;
+
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_start') THEN
+        CREATE EVENT TRIGGER quorate_ddl_start ON ddl_command_start 
+            WHEN TAG IN ('CREATE TABLE AS', 'SELECT INTO', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl_start();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_end') THEN
+        CREATE EVENT TRIGGER quorate_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate.on_ddl_end();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_drop') THEN
+        CREATE EVENT TRIGGER quorate_drop ON sql_drop EXECUTE FUNCTION quorate.on_drop();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_rewrite') THEN
+        CREATE EVENT TRIGGER quorate_rewrite ON table_rewrite EXECUTE FUNCTION quorate.on_rewrite();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'quorate') THEN
+        CREATE PUBLICATION quorate FOR ALL TABLES;
+    END IF;
+END $$;

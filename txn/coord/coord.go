@@ -1,0 +1,362 @@
+// Package coord decides the origin's own transactions: it gives each COMMIT that a gateway session holds back a GID,
+// pairs it with the write set that capture decoded, proposes the write set in batches, and tells the session, step by
+// step, what the log says. It keeps no data: whatever it forgets in a crash, the log decides.
+package coord
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/quorate/quorate/internal/invariant"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// Order is the log, as far as a coordinator needs it.
+type Order interface {
+	// Propose returns nil when data is in the log. An error wraps txn.ErrNoQuorum if data certainly is not and never
+	// will be, txn.ErrOutcomeUnknown if it may be.
+	Propose(ctx context.Context, data []byte) (txn.LogIndex, error)
+	// AwaitLeader returns when some node leads, or ctx ends.
+	AwaitLeader(ctx context.Context) error
+}
+
+// Visibility is what the local PostgreSQL shows of the order.
+type Visibility interface {
+	// Applied: everything up to it is visible.
+	Applied() txn.CSN
+	// Seen is Applied after a commit that was in flight when the call began is booked.
+	Seen(ctx context.Context) (txn.CSN, error)
+}
+
+// Config configures a Coordinator. Every field is required unless it says otherwise.
+type Config struct {
+	Node        txn.NodeID
+	Incarnation uint64 // random, new at each start
+	Database    string
+	Order       Order
+	Visibility  Visibility
+	// CommitTimeout bounds how long a commit may wait to be ordered; then it is undone where it certainly was not,
+	// and reported as unknown where it may have been. Default 10 s.
+	CommitTimeout time.Duration
+	// MaxInFlight is the number of proposals under way at once; write sets that arrive meanwhile form the next
+	// batch. Default 2: one being replicated while the next is being written.
+	MaxInFlight int
+	Logger      *slog.Logger
+	Registerer  prometheus.Registerer
+}
+
+// Bounds of one batch. A larger write set than batchBytes travels alone.
+const (
+	batchBytes = 1 << 20
+	batchCount = 256
+)
+
+// Coordinator is safe for concurrent use. Run must be running for commits to make progress.
+type Coordinator struct {
+	cfg     Config
+	metrics metrics
+
+	mu       sync.Mutex
+	closed   bool
+	sequence uint64
+	open     map[txn.GID]*Transaction // registered and not finished
+	queue    []*Transaction           // complete write sets that wait for a proposal; bounded by the open sessions
+	arrived  *sync.Cond               // on mu: queue grew, or closed
+	large    errgroup.Group           // one goroutine per large write set that is sent in chunks
+}
+
+// New returns a coordinator. It starts nothing.
+func New(cfg Config) *Coordinator {
+	if cfg.CommitTimeout <= 0 {
+		cfg.CommitTimeout = 10 * time.Second
+	}
+	if cfg.MaxInFlight <= 0 {
+		cfg.MaxInFlight = 2
+	}
+	c := &Coordinator{cfg: cfg, open: make(map[txn.GID]*Transaction), metrics: newMetrics(cfg.Registerer)}
+	c.arrived = sync.NewCond(&c.mu)
+	return c
+}
+
+// Run proposes until ctx ends, then fails what is still waiting and returns nil.
+func (c *Coordinator) Run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, c.shut)
+	defer stop()
+	var proposers errgroup.Group
+	for range c.cfg.MaxInFlight {
+		proposers.Go(func() error {
+			for {
+				batch := c.take()
+				if batch == nil {
+					return nil
+				}
+				c.propose(ctx, batch)
+			}
+		})
+	}
+	err := proposers.Wait()
+	return errors.Join(err, c.large.Wait())
+}
+
+func (c *Coordinator) shut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	c.queue = nil
+	for _, t := range c.open {
+		if t.state == proposed {
+			t.send(txn.Event{Step: txn.StepUnknown})
+		} else if t.state < proposed {
+			t.send(txn.Event{Step: txn.StepAbort, Reason: txn.AbortNoQuorum})
+		}
+	}
+	c.arrived.Broadcast()
+}
+
+// Applied is the CSN up to which everything is visible here: a transaction's base.
+func (c *Coordinator) Applied() txn.CSN { return c.cfg.Visibility.Applied() }
+
+// Begin registers a COMMIT that server backend pid is about to ask for, and reads seen. The caller must Close the
+// transaction.
+func (c *Coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (*Transaction, error) {
+	seen, err := c.cfg.Visibility.Seen(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read seen: %w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, fmt.Errorf("begin commit: %w", txn.ErrClosed)
+	}
+	c.sequence++
+	t := &Transaction{
+		c:        c,
+		gid:      txn.GID{Node: c.cfg.Node, Incarnation: c.cfg.Incarnation, Sequence: c.sequence},
+		base:     min(base, seen),
+		seen:     seen,
+		pid:      pid,
+		begun:    time.Now(),
+		events:   make(chan txn.Event, maxEvents),
+		finished: make(chan struct{}),
+	}
+	c.open[t.gid] = t
+	return t, nil
+}
+
+// Expecting reports whether a session waits for gid's marker.
+func (c *Coordinator) Expecting(gid txn.GID) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.open[gid]
+	return t != nil && t.state == registered && !t.lost
+}
+
+// Marked takes the write set that belongs to a marker; capture calls it in WAL order. set is nil when the server
+// still holds changes back.
+func (c *Coordinator) Marked(gid txn.GID, set *txn.WriteSet, parts txn.Parts, err error) {
+	c.mu.Lock()
+	t := c.open[gid]
+	if t == nil || t.state != registered || t.lost || c.closed {
+		c.mu.Unlock()
+		discard(parts)
+		return
+	}
+	defer c.mu.Unlock()
+	switch {
+	case err != nil:
+		c.cfg.Logger.Error("capture a write set", logkey.GID, gid, logkey.Error, err)
+		t.abort(txn.AbortCapture)
+	case set == nil:
+		c.metrics.nudges.Inc()
+		t.send(txn.Event{Step: txn.StepNudge})
+	case set.Empty():
+		discard(parts)
+		t.state = finished
+		delete(c.open, gid)
+		t.send(txn.Event{Step: txn.StepLocal})
+	default:
+		set.GID, set.Database, set.Base, set.Seen = gid, c.cfg.Database, t.base, t.seen
+		t.set = set
+		t.marked = time.Now()
+		c.metrics.capture.Observe(t.marked.Sub(t.begun).Seconds())
+		if parts == nil {
+			c.enqueue(t)
+			return
+		}
+		t.state = sending
+		c.large.Go(func() error { c.sendParts(t, parts); return nil })
+	}
+}
+
+func discard(parts txn.Parts) {
+	if parts != nil {
+		_ = parts.Close() // a spill file that nobody reads any more; capture removes what is left at its start
+	}
+}
+
+// enqueue is called with mu held.
+func (c *Coordinator) enqueue(t *Transaction) {
+	t.state = queued
+	c.queue = append(c.queue, t)
+	c.arrived.Signal()
+}
+
+// take waits for work and returns the next batch, nil when closed.
+func (c *Coordinator) take() []*Transaction {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.queue) == 0 && !c.closed {
+		c.arrived.Wait()
+	}
+	if c.closed {
+		return nil
+	}
+	n, size := 0, 0
+	for n < len(c.queue) && n < batchCount && (n == 0 || size+len(c.queue[n].set.Changes) <= batchBytes) {
+		size += len(c.queue[n].set.Changes)
+		n++
+	}
+	batch := make([]*Transaction, 0, n)
+	for _, t := range c.queue[:n] {
+		if t.lost {
+			t.abort(txn.AbortEvicted) // not proposed yet, so it can simply go
+			continue
+		}
+		t.state = proposed
+		batch = append(batch, t)
+	}
+	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
+	if len(c.queue) > 0 {
+		c.arrived.Signal()
+	}
+	return batch
+}
+
+// propose gets a batch into the log or finds out that it is not there. Proposing twice is safe: the certifier knows
+// every GID it has decided.
+func (c *Coordinator) propose(ctx context.Context, batch []*Transaction) {
+	if len(batch) == 0 {
+		return
+	}
+	sets := make([]*txn.WriteSet, len(batch))
+	for i, t := range batch {
+		sets[i] = t.set
+	}
+	c.metrics.batch.Observe(float64(len(batch)))
+	err := c.persist(ctx, codec.AppendTransactions(nil, sets))
+	if err == nil {
+		return // the verdicts come with the log
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, t := range batch {
+		if t.state != proposed {
+			continue // the log has spoken meanwhile
+		}
+		if errors.Is(err, txn.ErrNoQuorum) {
+			t.abort(txn.AbortNoQuorum)
+		} else {
+			c.cfg.Logger.Warn("commit outcome unknown", logkey.GID, t.gid, logkey.Error, err)
+			t.send(txn.Event{Step: txn.StepUnknown})
+		}
+	}
+}
+
+// persist proposes data until it is in the log or CommitTimeout is over. The error wraps ErrNoQuorum only if no
+// attempt can have reached the log.
+func (c *Coordinator) persist(ctx context.Context, data []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.CommitTimeout)
+	defer cancel()
+	maybe := false
+	for {
+		_, err := c.cfg.Order.Propose(ctx, data)
+		if err == nil {
+			return nil
+		}
+		maybe = maybe || !errors.Is(err, txn.ErrNoQuorum)
+		if waitErr := c.cfg.Order.AwaitLeader(ctx); waitErr != nil {
+			if maybe {
+				return fmt.Errorf("order: %w: %w", txn.ErrOutcomeUnknown, context.Cause(ctx))
+			}
+			return fmt.Errorf("order: %w", err)
+		}
+	}
+}
+
+// sendParts puts the earlier parts of a large write set into the log, then queues its last.
+func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
+	err := func() error {
+		for part := uint32(0); ; part++ {
+			data, err := parts.Next()
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("read spilled changes: %w", err)
+			}
+			if err := c.persist(context.Background(), codec.AppendChunk(nil, codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
+				return err
+			}
+			c.mu.Lock()
+			gone := t.lost || c.closed
+			c.mu.Unlock()
+			if gone {
+				return txn.ErrClosed
+			}
+		}
+	}()
+	if closeErr := parts.Close(); closeErr != nil {
+		c.cfg.Logger.Warn("remove spilled changes", logkey.GID, t.gid, logkey.Error, closeErr)
+	}
+	if err == nil {
+		c.mu.Lock()
+		c.enqueue(t)
+		c.mu.Unlock()
+		return
+	}
+	if !errors.Is(err, txn.ErrClosed) {
+		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
+	}
+	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks.
+	if err := c.persist(context.Background(), codec.AppendAbort(nil, t.gid)); err != nil {
+		c.cfg.Logger.Warn("abort a large write set", logkey.GID, t.gid, logkey.Error, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t.abort(txn.AbortNoQuorum)
+}
+
+// Decided takes the certifier's verdict on one of this node's transactions, in log order. For a commit it returns
+// the open transaction, nil if no session holds it any more, so that the log alone must be applied.
+func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.open[gid]
+	if t == nil || v.Reason == txn.AbortDuplicate { // our own second proposal: the first decision stands
+		return nil
+	}
+	invariant.Check(t.state == proposed, "transaction %s is decided in state %d, before it was proposed", gid, t.state)
+	if !t.marked.IsZero() {
+		c.metrics.order.Observe(time.Since(t.marked).Seconds())
+	}
+	c.metrics.decided.WithLabelValues(v.Reason.String()).Inc()
+	if v.Commits() {
+		t.state, t.csn = decided, v.CSN
+		t.set = nil
+		return t
+	}
+	t.state = finished
+	delete(c.open, gid)
+	t.send(txn.Event{Step: txn.StepAbort, Reason: v.Reason, With: v.With})
+	return nil
+}

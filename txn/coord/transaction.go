@@ -1,0 +1,168 @@
+package coord
+
+import (
+	"context"
+	"time"
+
+	"github.com/quorate/quorate/internal/invariant"
+	"github.com/quorate/quorate/txn"
+)
+
+// state only grows.
+type state uint8
+
+const (
+	registered state = iota // the marker has not been seen, or not with its seal
+	sending                 // parts of a large write set are going into the log
+	queued                  // complete, waits for a proposal
+	proposed                // may be in the log: only the log decides now
+	decided                 // commits as csn; waits for its turn
+	released                // the session lets COMMIT through
+	finished                // nothing more will happen
+)
+
+// maxEvents bounds what can be sent without being read: each step of a transaction is sent at most once, but for
+// nudges, which are answered one at a time.
+const maxEvents = 8
+
+// Transaction is one held-back COMMIT, between a gateway session, which reads Next, and apply, which releases it.
+type Transaction struct {
+	c          *Coordinator
+	gid        txn.GID
+	base, seen txn.CSN
+	pid        uint32
+	begun      time.Time
+	marked     time.Time
+	events     chan txn.Event
+	finished   chan struct{} // closed when the session has said Committed or Lost
+
+	// Guarded by c.mu.
+	state     state
+	set       *txn.WriteSet
+	csn       txn.CSN
+	lost      bool // the local transaction is gone: if the log commits it, the log is applied
+	told      bool // finished is closed
+	committed bool
+	orphan    bool // the session is gone: nobody reads events
+}
+
+// GID identifies this attempt.
+func (t *Transaction) GID() txn.GID { return t.gid }
+
+// Base is the applied CSN before the first snapshot, never past Seen.
+func (t *Transaction) Base() txn.CSN { return t.base }
+
+// Seen is the applied CSN before the marker.
+func (t *Transaction) Seen() txn.CSN { return t.seen }
+
+// PID is the server backend that holds the transaction.
+func (t *Transaction) PID() uint32 { return t.pid }
+
+// Next waits for the next step.
+func (t *Transaction) Next(ctx context.Context) (txn.Event, error) {
+	select {
+	case e := <-t.events:
+		return e, nil
+	case <-ctx.Done():
+		return txn.Event{}, context.Cause(ctx)
+	}
+}
+
+// send is called with mu held and never blocks.
+func (t *Transaction) send(e txn.Event) {
+	if t.orphan {
+		return
+	}
+	select {
+	case t.events <- e:
+	default:
+		invariant.Check(false, "transaction %s: event %d does not fit", t.gid, e.Step)
+	}
+}
+
+// abort ends a transaction that is certainly not in the log. Called with mu held.
+func (t *Transaction) abort(reason txn.AbortReason) {
+	t.state = finished
+	t.set = nil
+	delete(t.c.open, t.gid)
+	t.c.metrics.decided.WithLabelValues(reason.String()).Inc()
+	t.send(txn.Event{Step: txn.StepAbort, Reason: reason})
+}
+
+// Release lets the held-back COMMIT through. It does not block; Finished tells the end.
+func (t *Transaction) Release() {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	if t.lost {
+		return // finished is closed already
+	}
+	t.state = released
+	t.send(txn.Event{Step: txn.StepRelease, CSN: t.csn})
+}
+
+// Finished is closed when the session has reported.
+func (t *Transaction) Finished() <-chan struct{} { return t.finished }
+
+// Committed is the session's report that the server said COMMIT.
+func (t *Transaction) Committed() { t.report(true) }
+
+// Lost is the session's report that the local transaction is gone, or that nothing is known of it: the connection
+// broke, COMMIT failed, or it had to make way. Next then yields StepAbort, StepVisible or StepUnknown.
+func (t *Transaction) Lost() { t.report(false) }
+
+func (t *Transaction) report(committed bool) {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	t.reportLocked(committed)
+}
+
+func (t *Transaction) reportLocked(committed bool) {
+	if t.told {
+		return
+	}
+	t.told = true
+	t.committed = committed
+	t.lost = !committed
+	close(t.finished)
+	switch {
+	case committed:
+		invariant.Check(t.state == released, "transaction %s committed in state %d, before its turn", t.gid, t.state)
+		t.state = finished
+		delete(t.c.open, t.gid)
+		t.c.metrics.total.Observe(time.Since(t.begun).Seconds())
+	case t.state == registered:
+		t.abort(txn.AbortEvicted)
+	}
+	// sending and queued: the sender sees lost. proposed and later: the log decides.
+}
+
+// DidCommit reports, after Finished, whether the server said COMMIT.
+func (t *Transaction) DidCommit() bool {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	return t.committed
+}
+
+// Visible says that the transaction was applied from the log and can be seen.
+func (t *Transaction) Visible(csn txn.CSN) {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	t.state = finished
+	delete(t.c.open, t.gid)
+	t.send(txn.Event{Step: txn.StepVisible, CSN: csn})
+}
+
+// Close ends the session's interest. A transaction that may be in the log stays known until the log has decided it.
+func (t *Transaction) Close() {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	t.orphan = true
+	switch t.state {
+	case registered:
+		t.state = finished
+		delete(t.c.open, t.gid)
+	case finished:
+	default:
+		t.reportLocked(false)
+	}
+}
