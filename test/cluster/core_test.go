@@ -1,0 +1,686 @@
+package cluster_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/quorate/quorate/test/cluster"
+)
+
+// A scenario is one thing that must hold on every cluster, whatever the version of its PostgreSQL. The caller
+// verifies afterwards that all nodes are equal and hold nothing back.
+type scenario struct {
+	name string
+	run  func(t *testing.T, ctx context.Context, c *cluster.Cluster)
+}
+
+// core runs on every supported version of PostgreSQL.
+var core = []scenario{
+	{"WritesOnAllNodes", writesOnAllNodes},
+	{"ConcurrentUpdate", concurrentUpdate},
+	{"HotRow", hotRowFromAllNodes},
+	{"UniqueKey", uniqueKeyFromAllNodes},
+	{"ForeignKey", foreignKey},
+	{"SwallowedUniqueViolation", swallowedUniqueViolation},
+	{"Savepoints", savepoints},
+	{"LocalObjects", localObjects},
+	{"DeliveredEntryEndsIdleTransaction", deliveredEntryEndsIdleTransaction},
+	{"DDL", ddl},
+}
+
+func TestCore(t *testing.T) {
+	for _, s := range core {
+		t.Run(s.name, func(t *testing.T) {
+			c, ctx := shared(t)
+			s.run(t, ctx, c)
+		})
+	}
+}
+
+// create runs DDL on node 1 and waits until all nodes have it. Tests on a cluster that outlives them drop first.
+func create(t *testing.T, ctx context.Context, c *cluster.Cluster, statements ...string) {
+	t.Helper()
+	conn, err := c.Connect(ctx, 1)
+	check(t, err)
+	exec(t, ctx, conn, "SET client_min_messages = warning")
+	for _, sql := range statements {
+		exec(t, ctx, conn, sql)
+	}
+	check(t, conn.Close(ctx))
+	check(t, c.Settle(ctx))
+}
+
+func writesOnAllNodes(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c,
+		"DROP TABLE IF EXISTS notes",
+		"CREATE TABLE notes (id int PRIMARY KEY, node int NOT NULL, body text)")
+	const perNode = 50
+	var group sync.WaitGroup
+	for i := 1; i <= c.Nodes; i++ {
+		conn := gateway(t, ctx, c, i)
+		group.Go(func() {
+			for n := range perNode {
+				if _, err := conn.Exec(ctx, "INSERT INTO notes VALUES ($1, $2, $3)", n*100+i, i, strings.Repeat("x", n*50)); err != nil {
+					t.Errorf("insert on node %d: %v", i, err)
+					return
+				}
+			}
+			// A session sees what it committed.
+			var own int
+			if err := conn.QueryRow(ctx, "SELECT count(*) FROM notes WHERE node = $1", i).Scan(&own); err != nil || own != perNode {
+				t.Errorf("node %d shows %d of its own %d rows: %v", i, own, perNode, err)
+			}
+			if _, err := conn.Exec(ctx, "UPDATE notes SET body = 'second' WHERE node = $1 AND id % 200 < 100", i); err != nil {
+				t.Errorf("update on node %d: %v", i, err)
+			}
+			if _, err := conn.Exec(ctx, "DELETE FROM notes WHERE node = $1 AND id > $2", i, 100*(perNode-5)); err != nil {
+				t.Errorf("delete on node %d: %v", i, err)
+			}
+		})
+	}
+	group.Wait()
+	everywhere(t, ctx, c, int64(c.Nodes*(perNode-5)), "SELECT count(*) FROM notes")
+}
+
+// concurrentUpdate: of two transactions that changed one row on two nodes, one commits and one gets 40001; nothing
+// is left to timing, both have changed the row before either commits.
+func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c,
+		"DROP TABLE IF EXISTS clash",
+		"CREATE TABLE clash (id int PRIMARY KEY, v text NOT NULL)",
+		"INSERT INTO clash SELECT i, '' FROM generate_series(1, 20) i")
+	conns := gateways(t, ctx, c)
+	row := 0
+	for _, isolation := range []string{"REPEATABLE READ", "READ COMMITTED"} {
+		for _, nodes := range [][]int{{1, 2}, {3, 1}, {1, 2, 3}} {
+			row++
+			t.Run(fmt.Sprintf("explicit/%s/%d nodes/row %d", isolation, len(nodes), row), func(t *testing.T) {
+				for _, i := range nodes {
+					exec(t, ctx, conns[i], "BEGIN ISOLATION LEVEL "+isolation)
+					exec(t, ctx, conns[i], "UPDATE clash SET v = v || $1 WHERE id = $2", fmt.Sprint(i), row)
+				}
+				winner := race(t, nodes, func(i int) error {
+					tag, err := conns[i].Exec(ctx, "COMMIT")
+					if err == nil && tag.String() != "COMMIT" {
+						return fmt.Errorf("COMMIT was answered with %q and no error", tag)
+					}
+					return err
+				})
+				// A loser's session lives, outside any transaction or in a failed one that ROLLBACK ends.
+				for _, i := range nodes {
+					exec(t, ctx, conns[i], "ROLLBACK")
+					equals(t, ctx, conns[i], int32(1), "SELECT 1")
+				}
+				everywhere(t, ctx, c, winner, fmt.Sprintf("SELECT v FROM clash WHERE id = %d", row))
+			})
+		}
+		row++
+		t.Run("autocommit/"+isolation, func(t *testing.T) {
+			// A gate inside the statement holds it back behind its UPDATE until both nodes are there.
+			const gate = "7104"
+			nodes := []int{1, 2}
+			watchers := make([]*pgx.Conn, c.Nodes+1)
+			for _, i := range nodes {
+				watchers[i] = direct(t, ctx, c, i)
+				exec(t, ctx, watchers[i], "SELECT pg_advisory_lock("+gate+")")
+				exec(t, ctx, conns[i], "SET default_transaction_isolation = '"+strings.ToLower(isolation)+"'")
+			}
+			var waiting sync.WaitGroup
+			waiting.Go(func() {
+				for _, i := range nodes {
+					awaitQuery(t, ctx, watchers[i], "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)")
+				}
+				for _, i := range nodes {
+					exec(t, ctx, watchers[i], "SELECT pg_advisory_unlock("+gate+")")
+				}
+			})
+			winner := race(t, nodes, func(i int) error {
+				_, err := conns[i].Exec(ctx, `WITH u AS (UPDATE clash SET v = v || $1 WHERE id = $2 RETURNING id)
+					SELECT pg_advisory_xact_lock(`+gate+`) FROM u`, fmt.Sprint(i), row)
+				return err
+			})
+			waiting.Wait()
+			for _, i := range nodes {
+				exec(t, ctx, conns[i], "RESET default_transaction_isolation")
+			}
+			everywhere(t, ctx, c, winner, fmt.Sprintf("SELECT v FROM clash WHERE id = %d", row))
+		})
+	}
+}
+
+// race runs fn for every node at once; exactly one must succeed, and the others end in 40001. It returns the number
+// of the winner.
+func race(t *testing.T, nodes []int, fn func(i int) error) string {
+	t.Helper()
+	results := make([]error, len(nodes))
+	var group sync.WaitGroup
+	for n, i := range nodes {
+		group.Go(func() { results[n] = fn(i) })
+	}
+	group.Wait()
+	winner := ""
+	for n, err := range results {
+		switch {
+		case err == nil && winner == "":
+			winner = fmt.Sprint(nodes[n])
+		case err == nil:
+			t.Fatalf("nodes %s and %d both committed", winner, nodes[n])
+		case cluster.SQLState(err) != "40001":
+			t.Fatalf("node %d: got %v, want SQLSTATE 40001", nodes[n], err)
+		}
+	}
+	if winner == "" {
+		t.Fatalf("nobody committed: %v", errors.Join(results...))
+	}
+	return winner
+}
+
+// increments are the ways in which clients count a row up. None may lose an update, whatever the isolation level.
+var increments = []struct {
+	name string
+	run  func(ctx context.Context, conn *pgx.Conn, table string, row int) error
+}{
+	{"autocommit", func(ctx context.Context, conn *pgx.Conn, table string, row int) error {
+		_, err := conn.Exec(ctx, "UPDATE "+table+" SET n = n + 1 WHERE id = $1", row)
+		return err
+	}},
+	{"read committed", func(ctx context.Context, conn *pgx.Conn, table string, row int) error {
+		return pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "UPDATE "+table+" SET n = n + 1 WHERE id = $1", row)
+			return err
+		})
+	}},
+	{"read, then write", func(ctx context.Context, conn *pgx.Conn, table string, row int) error {
+		return pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead}, func(tx pgx.Tx) error {
+			var n int64
+			if err := tx.QueryRow(ctx, "SELECT n FROM "+table+" WHERE id = $1", row).Scan(&n); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, "UPDATE "+table+" SET n = $2 WHERE id = $1", row, n+1)
+			return err
+		})
+	}},
+	{"lock, read, then write", func(ctx context.Context, conn *pgx.Conn, table string, row int) error {
+		return pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+			var n int64
+			if err := tx.QueryRow(ctx, "SELECT n FROM "+table+" WHERE id = $1 FOR UPDATE", row).Scan(&n); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, "UPDATE "+table+" SET n = $2 WHERE id = $1", row, n+1)
+			return err
+		})
+	}},
+}
+
+func hotRowFromAllNodes(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS counter",
+		"CREATE TABLE counter (id int PRIMARY KEY, n bigint NOT NULL)", "INSERT INTO counter VALUES (1, 0)")
+	const perWorker = 8
+	var acknowledged atomic.Int64
+	var group sync.WaitGroup
+	for i := 1; i <= c.Nodes; i++ {
+		for _, increment := range increments {
+			conn := gateway(t, ctx, c, i)
+			group.Go(func() {
+				for range perWorker {
+					err := retry(ctx, func() error { return increment.run(ctx, conn, "counter", 1) })
+					if err != nil {
+						t.Errorf("node %d, %s: %v", i, increment.name, err)
+						return
+					}
+					acknowledged.Add(1)
+				}
+			})
+		}
+	}
+	group.Wait()
+	everywhere(t, ctx, c, acknowledged.Load(), "SELECT n FROM counter WHERE id = 1")
+}
+
+// uniqueKeyFromAllNodes: a value that all nodes insert at once is acknowledged exactly once.
+func uniqueKeyFromAllNodes(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS claims",
+		"CREATE TABLE claims (id text PRIMARY KEY, seat int UNIQUE, node int NOT NULL)")
+	const seats = 25
+	conns := gateways(t, ctx, c)
+	for seat := range seats {
+		results := make([]error, c.Nodes+1)
+		var group sync.WaitGroup
+		for i := 1; i <= c.Nodes; i++ {
+			group.Go(func() {
+				_, results[i] = conns[i].Exec(ctx, "INSERT INTO claims VALUES ($1, $2, $3)", fmt.Sprintf("%d by %d", seat, i), seat, i)
+			})
+		}
+		group.Wait()
+		winners := 0
+		for i, err := range results[1:] {
+			switch {
+			case err == nil:
+				winners++
+			case cluster.SQLState(err) != "40001" && cluster.SQLState(err) != "23505":
+				t.Errorf("seat %d, node %d: got %v, want 40001 or 23505", seat, i+1, err)
+			}
+		}
+		if winners != 1 {
+			t.Fatalf("seat %d was acknowledged %d times: %v", seat, winners, results[1:])
+		}
+	}
+	everywhere(t, ctx, c, int64(seats), "SELECT count(*) FROM claims")
+}
+
+// foreignKey: while a parent is deleted on one node and gets a child on another, never both are committed.
+func foreignKey(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS child, parent",
+		"CREATE TABLE parent (id int PRIMARY KEY)",
+		"CREATE TABLE child (id int PRIMARY KEY, parent int NOT NULL REFERENCES parent)",
+		"INSERT INTO parent SELECT generate_series(1, 30)")
+	conns := gateways(t, ctx, c)
+	commit := func(conn *pgx.Conn) error {
+		tag, err := conn.Exec(ctx, "COMMIT")
+		if err == nil && tag.String() != "COMMIT" {
+			return fmt.Errorf("COMMIT was answered with %q and no error", tag)
+		}
+		return err
+	}
+	for parent := 1; parent <= 15; parent++ {
+		deleting, inserting := conns[1+parent%3], conns[1+(parent+1)%3]
+		exec(t, ctx, deleting, "BEGIN")
+		exec(t, ctx, deleting, "DELETE FROM parent WHERE id = $1", parent)
+		exec(t, ctx, inserting, "BEGIN")
+		exec(t, ctx, inserting, "INSERT INTO child VALUES ($1, $1)", parent)
+		var deleted, inserted error
+		switch parent % 3 {
+		case 0:
+			deleted = commit(deleting)
+			inserted = commit(inserting)
+		case 1:
+			inserted = commit(inserting)
+			deleted = commit(deleting)
+		case 2:
+			var group sync.WaitGroup
+			group.Go(func() { deleted = commit(deleting) })
+			group.Go(func() { inserted = commit(inserting) })
+			group.Wait()
+		}
+		if (deleted == nil) == (inserted == nil) {
+			t.Errorf("parent %d (order %d): delete: %v, insert of a child: %v; exactly one must succeed", parent, parent%3, deleted, inserted)
+		}
+		for _, err := range []error{deleted, inserted} {
+			if err != nil && cluster.SQLState(err) != "40001" && cluster.SQLState(err) != "23503" {
+				t.Errorf("parent %d: got %v, want 40001 or 23503", parent, err)
+			}
+		}
+		exec(t, ctx, deleting, "ROLLBACK")
+		exec(t, ctx, inserting, "ROLLBACK")
+	}
+	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM child WHERE parent NOT IN (SELECT id FROM parent)")
+}
+
+// swallowedUniqueViolation is the upsert of the PostgreSQL manual: a loop with an exception handler. What the
+// handler rolled back must not reach other nodes.
+func swallowedUniqueViolation(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS tally",
+		"CREATE TABLE tally (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), k int UNIQUE, n bigint NOT NULL)",
+		`CREATE OR REPLACE FUNCTION upsert(key int) RETURNS void LANGUAGE plpgsql AS $$
+		BEGIN
+			LOOP
+				-- The insert comes first, so that its handler has something to swallow each time but the first.
+				BEGIN
+					INSERT INTO tally (k, n) VALUES (key, 1);
+					RETURN;
+				EXCEPTION WHEN unique_violation THEN
+					NULL;
+				END;
+				UPDATE tally SET n = n + 1 WHERE k = key;
+				IF found THEN
+					RETURN;
+				END IF;
+			END LOOP;
+		END $$`)
+	const perWorker, keys = 12, 3
+	var acknowledged atomic.Int64
+	var group sync.WaitGroup
+	for i := 1; i <= c.Nodes; i++ {
+		for range 2 {
+			conn := gateway(t, ctx, c, i)
+			// At repeatable read a row that came after the snapshot can be neither inserted nor updated: the loop
+			// would never end, here as on one PostgreSQL.
+			exec(t, ctx, conn, "SET default_transaction_isolation = 'read committed'")
+			group.Go(func() {
+				for n := range perWorker {
+					err := retry(ctx, func() error {
+						_, err := conn.Exec(ctx, "SELECT upsert($1)", n%keys)
+						return err
+					})
+					if err != nil {
+						t.Errorf("node %d: %v", i, err)
+						return
+					}
+					acknowledged.Add(1)
+				}
+			})
+		}
+	}
+	group.Wait()
+	everywhere(t, ctx, c, acknowledged.Load(), "SELECT sum(n)::bigint FROM tally")
+	everywhere(t, ctx, c, int64(keys), "SELECT count(*) FROM tally")
+}
+
+func savepoints(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS steps",
+		"CREATE TABLE steps (id int PRIMARY KEY, u int UNIQUE, big text)")
+	conn := gateway(t, ctx, c, 2)
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (1, 1)")
+	exec(t, ctx, conn, "SAVEPOINT a")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (2, 2)")
+	exec(t, ctx, conn, "SAVEPOINT b")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (3, 3)")
+	exec(t, ctx, conn, "RELEASE b")
+	exec(t, ctx, conn, "ROLLBACK TO a")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (4, 4)")
+	exec(t, ctx, conn, "SAVEPOINT c")
+	refused(t, ctx, conn, "23505", "INSERT INTO steps VALUES (1, 5)")
+	refused(t, ctx, conn, "25P02", "SELECT 1")
+	exec(t, ctx, conn, "ROLLBACK TO c")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (6, 6, repeat('x', 100000))")
+	exec(t, ctx, conn, "COMMIT")
+	everywhere(t, ctx, c, "1,4,6", "SELECT string_agg(id::text, ',' ORDER BY id) FROM steps")
+
+	// An insert that conflicts on the index it does not name leaves the server's decoding with half a change, and
+	// it holds everything back that follows in the transaction.
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "SAVEPOINT s")
+	refused(t, ctx, conn, "23505", "INSERT INTO steps VALUES (7, 1) ON CONFLICT (id) DO NOTHING")
+	exec(t, ctx, conn, "ROLLBACK TO s")
+	exec(t, ctx, conn, "DELETE FROM steps WHERE id = 4")
+	exec(t, ctx, conn, "COMMIT")
+	everywhere(t, ctx, c, "1,6", "SELECT string_agg(id::text, ',' ORDER BY id) FROM steps")
+
+	// What rolls back as a whole is never seen.
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "UPDATE steps SET u = u + 100")
+	exec(t, ctx, conn, "ROLLBACK")
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "UPDATE steps SET u = 7 WHERE id = 6") // the long value is not in the stream
+	exec(t, ctx, conn, "COMMIT AND CHAIN")
+	exec(t, ctx, conn, "DELETE FROM steps WHERE id = 1")
+	exec(t, ctx, conn, "ROLLBACK AND CHAIN")
+	exec(t, ctx, conn, "INSERT INTO steps VALUES (8, 8)")
+	exec(t, ctx, conn, "END")
+	everywhere(t, ctx, c, "1:1,6:7:100000,8:8", "SELECT string_agg(concat_ws(':', id, u, length(big)), ',' ORDER BY id) FROM steps")
+}
+
+// localObjects mixes what stays on one node, temporary tables, NOTIFY and holdable cursors, into transactions that
+// are replicated.
+func localObjects(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS kept",
+		"CREATE TABLE kept (id int PRIMARY KEY, v text)")
+	conn, listener := gateway(t, ctx, c, 3), gateway(t, ctx, c, 3)
+	exec(t, ctx, listener, "LISTEN news")
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "CREATE TEMP TABLE scratch (id int, v text)")
+	exec(t, ctx, conn, "CREATE TEMP TABLE gone (id int) ON COMMIT DROP")
+	exec(t, ctx, conn, "INSERT INTO scratch SELECT i, 'v' || i FROM generate_series(1, 100) i")
+	exec(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch WHERE id <= 10")
+	exec(t, ctx, conn, "NOTIFY news, 'ten rows'")
+	exec(t, ctx, conn, "DECLARE held CURSOR WITH HOLD FOR SELECT id FROM kept ORDER BY id")
+	exec(t, ctx, conn, "COMMIT")
+	notification, err := listener.WaitForNotification(ctx)
+	check(t, err)
+	if notification.Payload != "ten rows" {
+		t.Errorf("notification: got %q, want %q", notification.Payload, "ten rows")
+	}
+	equals(t, ctx, conn, int32(1), "FETCH FROM held")
+	exec(t, ctx, conn, "MOVE 4 IN held")
+	equals(t, ctx, conn, int32(6), "FETCH FROM held")
+	exec(t, ctx, conn, "CLOSE held")
+	equals(t, ctx, conn, int64(100), "SELECT count(*) FROM scratch")
+	// Only temporary rows: nothing to order. And temporary rows that a replicated statement reads.
+	exec(t, ctx, conn, "DELETE FROM scratch WHERE id > 50")
+	exec(t, ctx, conn, "BEGIN")
+	exec(t, ctx, conn, "TRUNCATE scratch")
+	exec(t, ctx, conn, "INSERT INTO scratch VALUES (500, 'late')")
+	exec(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch")
+	exec(t, ctx, conn, "COMMIT")
+	everywhere(t, ctx, c, int64(11), "SELECT count(*) FROM kept")
+	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE relname IN ('scratch', 'gone') AND nspname !~ '^pg_temp'")
+}
+
+// deliveredEntryEndsIdleTransaction: a transaction that is committed already never waits on another node for one
+// that is not; that one is rolled back, and its client is told with 40001 when it speaks next.
+func deliveredEntryEndsIdleTransaction(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	create(t, ctx, c, "DROP TABLE IF EXISTS held",
+		"CREATE TABLE held (id int PRIMARY KEY, v text)", "INSERT INTO held VALUES (1, ''), (2, ''), (3, '')")
+	loser, winner, watcher := gateway(t, ctx, c, 2), gateway(t, ctx, c, 1), direct(t, ctx, c, 2)
+	exec(t, ctx, loser, "SET application_name = 'still the same session'")
+	exec(t, ctx, loser, "CREATE TEMP TABLE mine (id int)")
+	backend := one[int32](t, ctx, loser, "SELECT pg_backend_pid()")
+
+	win := func(row int) {
+		t.Helper()
+		exec(t, ctx, winner, "UPDATE held SET v = v || 'winner' WHERE id = $1", row)
+		awaitQuery(t, ctx, watcher, "SELECT v = 'winner' FROM held WHERE id = $1", row)
+	}
+	sessionLives := func() {
+		t.Helper()
+		exec(t, ctx, loser, "ROLLBACK")
+		equals(t, ctx, loser, backend, "SELECT pg_backend_pid()")
+		equals(t, ctx, loser, "still the same session", "SHOW application_name")
+		exec(t, ctx, loser, "INSERT INTO mine VALUES (1)")
+		exec(t, ctx, loser, "UPDATE held SET v = v || '.' WHERE id = 3")
+	}
+
+	exec(t, ctx, loser, "BEGIN")
+	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	win(1)
+	refused(t, ctx, loser, "40001", "SELECT 1")
+	refused(t, ctx, loser, "25P02", "SELECT 1")
+	sessionLives()
+
+	// The same, and the next message is the COMMIT.
+	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	check(t, c.Settle(ctx))
+	exec(t, ctx, loser, "BEGIN")
+	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	win(1)
+	refused(t, ctx, loser, "40001", "COMMIT")
+	sessionLives()
+
+	// A lock without a write is in the way as well.
+	exec(t, ctx, loser, "BEGIN")
+	exec(t, ctx, loser, "SELECT * FROM held WHERE id = 2 FOR UPDATE")
+	win(2)
+	refused(t, ctx, loser, "40001", "SELECT 1")
+	sessionLives()
+
+	// A running statement is cancelled.
+	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	check(t, c.Settle(ctx))
+	exec(t, ctx, loser, "BEGIN")
+	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	result := make(chan error, 1)
+	go func() {
+		_, err := loser.Exec(ctx, "SELECT pg_sleep(50)")
+		result <- err
+	}()
+	awaitQuery(t, ctx, watcher, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep')", backend)
+	win(1)
+	if err := <-result; cluster.SQLState(err) != "40001" {
+		t.Errorf("running statement: got %v, want SQLSTATE 40001", err)
+	}
+	sessionLives()
+
+	// A backend that reads COPY data ignores being cancelled.
+	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	check(t, c.Settle(ctx))
+	exec(t, ctx, loser, "BEGIN")
+	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	reader, feed := newFeed()
+	go func() {
+		_, err := loser.PgConn().CopyFrom(ctx, reader, "COPY mine FROM STDIN")
+		result <- err
+	}()
+	feed <- []byte("7\n")
+	awaitQuery(t, ctx, watcher, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND query ~ '^COPY' AND state = 'active')", backend)
+	win(1)
+	close(feed)
+	if err := <-result; cluster.SQLState(err) != "40001" {
+		t.Errorf("COPY: got %v, want SQLSTATE 40001", err)
+	}
+	sessionLives()
+}
+
+// feedReader is an io.Reader that gives what it is fed, and blocks until then.
+type feedReader struct{ chunks <-chan []byte }
+
+func newFeed() (*feedReader, chan<- []byte) {
+	chunks := make(chan []byte)
+	return &feedReader{chunks}, chunks
+}
+
+func (r *feedReader) Read(p []byte) (int, error) {
+	chunk, ok := <-r.chunks
+	if !ok {
+		return 0, errFeedEnds
+	}
+	return copy(p, chunk), nil
+}
+
+var errFeedEnds = errors.New("feed ends")
+
+// ddl runs definitions of every kind that is replicated, on changing nodes, inside and outside of blocks, and uses
+// what they made on other nodes.
+func ddl(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	conns := gateways(t, ctx, c)
+	// on runs statements on a node one after another, and waits until all nodes have them.
+	on := func(node int, statements ...string) {
+		t.Helper()
+		for _, sql := range statements {
+			if _, err := conns[node].Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol); err != nil {
+				t.Fatalf("node %d: %s: %v", node, sql, err)
+			}
+		}
+		check(t, c.Settle(ctx))
+	}
+	on(1, "SET client_min_messages = warning", "DROP SCHEMA IF EXISTS shop CASCADE", "CREATE SCHEMA shop")
+	on(2, "CREATE TYPE shop.size AS ENUM ('small', 'large')")
+	on(3, "CREATE TABLE shop.item (id int PRIMARY KEY, name text NOT NULL, size shop.size DEFAULT 'small')")
+	on(1, "ALTER TYPE shop.size ADD VALUE 'huge'")
+	on(2, "INSERT INTO shop.item VALUES (1, 'ball', 'huge'), (2, 'kite', 'small')")
+	on(3, "ALTER TABLE shop.item ADD COLUMN price numeric(8,2) NOT NULL DEFAULT 9.50",
+		"CREATE INDEX item_name ON shop.item (lower(name))",
+		"CREATE UNIQUE INDEX item_cheap ON shop.item (name) WHERE price < 1")
+	on(1, "INSERT INTO shop.item VALUES (3, 'rope', 'large', 2)",
+		"ALTER TABLE shop.item ADD CONSTRAINT positive CHECK (price > 0)",
+		"ALTER TABLE shop.item ALTER COLUMN name TYPE varchar(40)")
+	on(2, "ALTER TABLE shop.item RENAME COLUMN name TO label")
+	on(3, "UPDATE shop.item SET label = label || 's' WHERE id < 3")
+
+	// In one block, definitions and rows mixed, with the search path of the session.
+	on(2, "BEGIN",
+		"SET LOCAL search_path = shop, public",
+		"CREATE TABLE orders (id int PRIMARY KEY, item int REFERENCES item, n int)",
+		"INSERT INTO orders VALUES (1, 1, 10), (2, 2, 20)",
+		"ALTER TABLE orders ADD COLUMN paid boolean DEFAULT false",
+		"UPDATE orders SET paid = true WHERE id = 1",
+		"CREATE VIEW open_orders AS SELECT o.id, i.label FROM orders o JOIN item i ON i.id = o.item WHERE NOT paid",
+		`CREATE FUNCTION total() RETURNS bigint LANGUAGE sql STABLE AS 'SELECT sum(n) FROM shop.orders'`,
+		"COMMIT")
+	on(3, "INSERT INTO shop.orders VALUES (3, 3, 30)")
+	everywhere(t, ctx, c, int64(60), "SELECT shop.total()")
+	everywhere(t, ctx, c, "kites,rope", "SELECT string_agg(label, ',' ORDER BY id) FROM shop.open_orders")
+
+	on(1, "BEGIN", "DROP TABLE shop.orders CASCADE", "CREATE TABLE shop.never (id int)", "ROLLBACK")
+	everywhere(t, ctx, c, int64(3), "SELECT count(*) FROM shop.orders")
+
+	on(3, "CREATE TABLE shop.copy AS SELECT * FROM shop.item", "ALTER TABLE shop.copy ADD PRIMARY KEY (id)")
+	on(1, "UPDATE shop.copy SET price = price + 1",
+		"CREATE TABLE shop.blank (LIKE shop.item INCLUDING ALL)",
+		"SELECT * INTO shop.second FROM shop.item WHERE id = 1")
+	everywhere(t, ctx, c, int64(3), "SELECT count(*) FROM shop.copy WHERE price > 2")
+	on(2, "TRUNCATE shop.copy", "INSERT INTO shop.copy SELECT * FROM shop.item WHERE id = 1")
+	everywhere(t, ctx, c, int64(1), "SELECT count(*) FROM shop.copy")
+	on(1, "BEGIN", "INSERT INTO shop.copy SELECT * FROM shop.item WHERE id = 2", "TRUNCATE shop.copy, shop.blank",
+		"INSERT INTO shop.copy SELECT * FROM shop.item WHERE id = 3", "COMMIT")
+	everywhere(t, ctx, c, int32(3), "SELECT id FROM shop.copy")
+
+	// Definitions made by a function and by a DO block.
+	on(3, `DO $$ BEGIN EXECUTE 'CREATE TABLE shop.made (id int PRIMARY KEY)'; INSERT INTO shop.made VALUES (1); END $$`)
+	on(2, "INSERT INTO shop.made VALUES (2)",
+		"CREATE OR REPLACE FUNCTION shop.total() RETURNS bigint LANGUAGE sql STABLE AS 'SELECT count(*) FROM shop.orders'",
+		`CREATE FUNCTION shop.stamp() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN new.label := upper(new.label); RETURN new; END $$`,
+		"CREATE TRIGGER stamp BEFORE INSERT ON shop.item FOR EACH ROW EXECUTE FUNCTION shop.stamp()")
+	on(1, "INSERT INTO shop.item VALUES (9, 'yo-yo')")
+	everywhere(t, ctx, c, "YO-YO", "SELECT label FROM shop.item WHERE id = 9")
+
+	on(3, "ALTER TABLE shop.item DROP COLUMN size", "DROP TYPE shop.size CASCADE", "DROP INDEX shop.item_name",
+		"DROP VIEW shop.open_orders", "DROP TABLE shop.second")
+	on(1, "INSERT INTO shop.item (id, label) VALUES (10, 'top')")
+	check(t, c.CheckEqual(ctx))
+	on(2, "DROP SCHEMA shop CASCADE")
+	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM pg_namespace WHERE nspname = 'shop'")
+}
+
+func TestSequences(t *testing.T) {
+	c, ctx := shared(t)
+	create(t, ctx, c, "DROP TABLE IF EXISTS numbered",
+		"CREATE TABLE numbered (id bigserial PRIMARY KEY, other bigint GENERATED ALWAYS AS IDENTITY UNIQUE, node int)")
+	const perNode = 40
+	var group sync.WaitGroup
+	ids := make([][]int64, c.Nodes+1)
+	for i := 1; i <= c.Nodes; i++ {
+		conn := gateway(t, ctx, c, i)
+		group.Go(func() {
+			for range perNode {
+				var id int64
+				if err := conn.QueryRow(ctx, "INSERT INTO numbered (node) VALUES ($1) RETURNING id", i).Scan(&id); err != nil {
+					t.Errorf("insert on node %d: %v", i, err)
+					return
+				}
+				ids[i] = append(ids[i], id)
+			}
+		})
+	}
+	group.Wait()
+	all := slices.Concat(ids...)
+	slices.Sort(all)
+	if len(slices.Compact(slices.Clone(all))) != len(all) {
+		t.Errorf("values are not disjoint: %v", ids)
+	}
+	everywhere(t, ctx, c, int64(perNode*c.Nodes), "SELECT count(*) FROM numbered")
+}
+
+// TestLoneCommit: with nothing else going on, a lone client's commit
+// is not held up by any timer.
+func TestLoneCommit(t *testing.T) {
+	c, ctx := shared(t)
+	create(t, ctx, c, "DROP TABLE IF EXISTS lone", "CREATE TABLE lone (id int PRIMARY KEY)")
+	for i := 1; i <= c.Nodes; i++ {
+		conn := gateway(t, ctx, c, i)
+		exec(t, ctx, conn, "INSERT INTO lone VALUES ($1)", i) // statements are prepared now
+		const commits = 20
+		took := make([]time.Duration, commits)
+		for n := range commits {
+			begin := time.Now()
+			exec(t, ctx, conn, "INSERT INTO lone VALUES ($1)", 1000*i+n)
+			took[n] = time.Since(begin)
+		}
+		slices.Sort(took)
+		t.Logf("node %d: median %v, slowest %v", i, took[commits/2], took[commits-1])
+		// A commit takes a few milliseconds; Raft's CommitTimeout and heartbeats are ten times that and more. The
+		// median is taken because a machine that does something else may hold up any single one.
+		if took[commits/2] > 45*time.Millisecond && !withRace {
+			t.Errorf("node %d: a lone client's commit takes %v", i, took[commits/2])
+		}
+	}
+}
