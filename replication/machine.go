@@ -95,21 +95,21 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 // decide changes the state by one entry. Called with mu held.
 func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 	m.index = index
-	switch {
-	case entry.Transactions != nil:
+	switch entry.Kind {
+	case codec.KindTransactions:
 		decisions := make([]Decision, 0, len(entry.Transactions))
 		for _, set := range entry.Transactions {
 			decisions = append(decisions, m.decideOne(index, set))
 		}
 		return decisions
-	case entry.Chunk != nil:
+	case codec.KindChunk:
 		m.addChunk(index, *entry.Chunk)
-	case entry.Abort != nil:
-		m.certifier.Abort(*entry.Abort)
-		delete(m.chunks, *entry.Abort)
-	case entry.Member != nil:
+	case codec.KindAbort:
+		m.certifier.Abort(entry.Abort.GID)
+		delete(m.chunks, entry.Abort.GID)
+	case codec.KindMember:
 		m.addMember(*entry.Member)
-	case entry.Horizon != 0:
+	case codec.KindHorizon:
 		m.certifier.Advance(entry.Horizon)
 	}
 	return nil

@@ -304,7 +304,7 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 			if err != nil {
 				return fmt.Errorf("read spilled changes: %w", err)
 			}
-			if err := c.persist(context.Background(), codec.AppendChunk(nil, codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
+			if err := c.persist(context.Background(), codec.AppendChunk(nil, &codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
 				return err
 			}
 			c.mu.Lock()
@@ -328,7 +328,7 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
 	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks.
-	if err := c.persist(context.Background(), codec.AppendAbort(nil, t.gid)); err != nil {
+	if err := c.persist(context.Background(), codec.AppendAbort(nil, codec.Abort{GID: t.gid, Reason: txn.AbortRequested})); err != nil {
 		c.cfg.Logger.Warn("abort a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
 	c.mu.Lock()

@@ -1,0 +1,388 @@
+package coord
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// scriptedOrder is a log whose answers the test gives: it shows how the coordinator behaves for each of them.
+type scriptedOrder struct {
+	proposals chan proposal
+	leader    chan struct{} // one value for each AwaitLeader that may return
+}
+
+type proposal struct {
+	entry  codec.Entry
+	answer chan error
+}
+
+func (o *scriptedOrder) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
+	entry, err := codec.Decode(data)
+	if err != nil {
+		return 0, err
+	}
+	p := proposal{entry, make(chan error)}
+	select {
+	case o.proposals <- p:
+	case <-ctx.Done():
+		return 0, fmt.Errorf("propose: %w", txn.ErrNoQuorum)
+	}
+	select {
+	case err := <-p.answer:
+		return 1, err
+	case <-ctx.Done():
+		return 0, fmt.Errorf("propose: %w", txn.ErrOutcomeUnknown)
+	}
+}
+
+func (o *scriptedOrder) AwaitLeader(ctx context.Context) error {
+	select {
+	case <-o.leader:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+type fixedVisibility struct{ applied, seen txn.CSN }
+
+func (v fixedVisibility) Applied() txn.CSN                      { return v.applied }
+func (v fixedVisibility) Seen(context.Context) (txn.CSN, error) { return v.seen, nil }
+
+type bench struct {
+	*testing.T
+	*Coordinator
+	order *scriptedOrder
+}
+
+// run runs f in fake time against a started coordinator, and checks that nothing is left afterwards.
+func run(t *testing.T, inFlight int, f func(b bench)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		order := &scriptedOrder{proposals: make(chan proposal), leader: make(chan struct{})}
+		c := New(Config{Node: 1, Incarnation: 7, Database: "postgres", Order: order, Visibility: fixedVisibility{10, 12},
+			MaxInFlight: inFlight, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.Run(ctx) }()
+		f(bench{t, c, order})
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func (b bench) begin() *Transaction {
+	b.Helper()
+	t, err := b.Begin(b.Context(), 11, 99)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return t
+}
+
+func (b bench) next(t *Transaction) txn.Event {
+	b.Helper()
+	e, err := t.Next(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return e
+}
+
+func (b bench) want(t *Transaction, step txn.Step) txn.Event {
+	b.Helper()
+	e := b.next(t)
+	if e.Step != step {
+		b.Fatalf("step %s (%+v), want %s", e.Step, e, step)
+	}
+	return e
+}
+
+func (b bench) mark(t *Transaction) { b.Marked(t.GID(), someSet(), nil, nil) }
+
+func (b bench) forget(gids ...txn.GID) {
+	b.Helper()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, g := range gids {
+		if b.open[g] != nil {
+			b.Errorf("%s is still known", g)
+		}
+	}
+}
+
+func someSet() *txn.WriteSet {
+	return &txn.WriteSet{XID: 5, Keys: []txn.KeyUse{{Mode: txn.ModeWrite}}, Changes: []byte{1, 'I'}, Rows: 1}
+}
+
+func TestCommitInTurn(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		if tx.Base() != 11 || tx.Seen() != 12 || !b.Expecting(tx.GID()) {
+			b.Fatalf("base %d, seen %d", tx.Base(), tx.Seen())
+		}
+		b.mark(tx)
+		p := <-b.order.proposals
+		set := p.entry.Transactions[0]
+		if set.GID != tx.GID() || set.Base != 11 || set.Seen != 12 || set.Database != "postgres" || set.XID != 5 {
+			b.Errorf("proposed %+v", set)
+		}
+		if held := b.Decided(tx.GID(), txn.Verdict{CSN: 13}); held != tx { // the log may be faster than Propose's answer
+			b.Fatal("not held")
+		}
+		p.answer <- nil
+		tx.Release()
+		if e := b.want(tx, txn.StepRelease); e.CSN != 13 {
+			b.Errorf("released at %d", e.CSN)
+		}
+		tx.Committed()
+		<-tx.Finished()
+		if !tx.DidCommit() {
+			b.Error("not committed")
+		}
+		tx.Close()
+		b.forget(tx.GID())
+	})
+}
+
+func TestStepsWithoutTheLog(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		b.Marked(tx.GID(), nil, nil, nil)
+		b.want(tx, txn.StepNudge)
+		b.Marked(tx.GID(), &txn.WriteSet{}, nil, nil)
+		b.want(tx, txn.StepLocal)
+		tx.Close()
+
+		failed := b.begin()
+		b.Marked(failed.GID(), nil, nil, errors.New("spill directory full"))
+		if e := b.want(failed, txn.StepAbort); e.Reason != txn.AbortCapture {
+			b.Errorf("reason %s", e.Reason)
+		}
+
+		forgotten := b.begin()
+		forgotten.Close()
+		if b.Expecting(forgotten.GID()) {
+			b.Error("a closed transaction is expected")
+		}
+		b.mark(forgotten) // late: ignored
+		b.forget(tx.GID(), failed.GID(), forgotten.GID())
+	})
+}
+
+func TestConflict(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		b.mark(tx)
+		(<-b.order.proposals).answer <- nil
+		if held := b.Decided(tx.GID(), txn.Verdict{Reason: txn.AbortConflict, With: 12}); held != nil {
+			b.Error("an abort is held")
+		}
+		if e := b.want(tx, txn.StepAbort); e.Reason != txn.AbortConflict || e.With != 12 {
+			b.Errorf("%+v", e)
+		}
+		b.forget(tx.GID())
+	})
+}
+
+func TestBatchFormsWhileAProposalIsInFlight(t *testing.T) {
+	run(t, 1, func(b bench) {
+		first := b.begin()
+		b.mark(first)
+		p := <-b.order.proposals
+		var rest []*Transaction
+		for range 5 {
+			tx := b.begin()
+			b.mark(tx)
+			rest = append(rest, tx)
+		}
+		p.answer <- nil
+		p = <-b.order.proposals
+		if len(p.entry.Transactions) != 5 {
+			b.Fatalf("batch of %d", len(p.entry.Transactions))
+		}
+		for i, set := range p.entry.Transactions {
+			if set.GID != rest[i].GID() {
+				b.Errorf("place %d: %s", i, set.GID)
+			}
+		}
+		p.answer <- nil
+	})
+}
+
+// A session whose local transaction is gone learns its fate from the log, wherever it was when it died.
+func TestLost(t *testing.T) {
+	run(t, 1, func(b bench) {
+		early := b.begin()
+		early.Lost()
+		if e := b.want(early, txn.StepAbort); e.Reason != txn.AbortEvicted {
+			b.Errorf("reason %s", e.Reason)
+		}
+		b.mark(early) // its marker comes all the same
+
+		proposedOne := b.begin()
+		b.mark(proposedOne)
+		p := <-b.order.proposals
+		queuedOne := b.begin()
+		b.mark(queuedOne)
+		queuedOne.Lost()
+		proposedOne.Lost()
+		p.answer <- nil
+		b.want(queuedOne, txn.StepAbort)
+		held := b.Decided(proposedOne.GID(), txn.Verdict{CSN: 20})
+		if held == nil {
+			b.Fatal("a lost transaction must stay known until it is visible")
+		}
+		held.Release()
+		<-held.Finished()
+		if held.DidCommit() {
+			b.Error("lost and committed")
+		}
+		held.Visible(20)
+		b.want(proposedOne, txn.StepVisible)
+
+		releasedOne := b.begin()
+		b.mark(releasedOne)
+		(<-b.order.proposals).answer <- nil
+		b.Decided(releasedOne.GID(), txn.Verdict{CSN: 21}).Release()
+		b.want(releasedOne, txn.StepRelease)
+		releasedOne.Close() // the session died inside COMMIT
+		<-releasedOne.Finished()
+		releasedOne.Visible(21)
+		b.forget(early.GID(), proposedOne.GID(), queuedOne.GID(), releasedOne.GID())
+	})
+}
+
+func TestNoQuorumUndoes(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		b.mark(tx)
+		for range 3 {
+			(<-b.order.proposals).answer <- txn.ErrNoQuorum
+			b.order.leader <- struct{}{}
+		}
+		(<-b.order.proposals).answer <- txn.ErrNoQuorum // and no leader until CommitTimeout
+		if e := b.want(tx, txn.StepAbort); e.Reason != txn.AbortNoQuorum {
+			b.Errorf("reason %s", e.Reason)
+		}
+	})
+}
+
+// One attempt that may have reached the log is enough: then only the log can say no.
+func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		b.mark(tx)
+		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
+		b.order.leader <- struct{}{}
+		(<-b.order.proposals).answer <- txn.ErrNoQuorum
+		start := time.Now()
+		b.want(tx, txn.StepUnknown)
+		if waited := time.Since(start); waited != 10*time.Second {
+			b.Errorf("waited %s", waited)
+		}
+		tx.Close()
+		held := b.Decided(tx.GID(), txn.Verdict{CSN: 30})
+		if held == nil {
+			b.Fatal("must stay known")
+		}
+		held.Release()
+		<-held.Finished()
+		held.Visible(30)
+		b.forget(tx.GID())
+	})
+}
+
+func TestDuplicateVerdictIsIgnored(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		b.mark(tx)
+		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
+		b.order.leader <- struct{}{}
+		p := <-b.order.proposals
+		b.Decided(tx.GID(), txn.Verdict{CSN: 31})
+		p.answer <- nil
+		if b.Decided(tx.GID(), txn.Verdict{Reason: txn.AbortDuplicate}) != nil {
+			b.Error("decided twice")
+		}
+		tx.Release()
+		b.want(tx, txn.StepRelease)
+		tx.Committed()
+	})
+}
+
+type someParts struct {
+	parts  [][]byte
+	closed bool
+}
+
+func (p *someParts) Next() ([]byte, error) {
+	if len(p.parts) == 0 {
+		return nil, io.EOF
+	}
+	part := p.parts[0]
+	p.parts = p.parts[1:]
+	return part, nil
+}
+
+func (p *someParts) Close() error { p.closed = true; return nil }
+
+func TestLargeWriteSetTravelsInParts(t *testing.T) {
+	run(t, 1, func(b bench) {
+		tx := b.begin()
+		parts := &someParts{parts: [][]byte{{1, 'I'}, {1, 'U'}}}
+		set := someSet()
+		set.Chunks = 2
+		b.Marked(tx.GID(), set, parts, nil)
+		for i := range 2 {
+			p := <-b.order.proposals
+			if p.entry.Chunk == nil || p.entry.Chunk.Part != uint32(i) || p.entry.Chunk.GID != tx.GID() {
+				b.Fatalf("part %d: %+v", i, p.entry)
+			}
+			p.answer <- nil
+		}
+		p := <-b.order.proposals
+		if len(p.entry.Transactions) != 1 || p.entry.Transactions[0].Chunks != 2 || !parts.closed {
+			b.Errorf("last part: %+v", p.entry)
+		}
+		p.answer <- nil
+
+		gone := b.begin()
+		b.Marked(gone.GID(), set, &someParts{parts: [][]byte{{1, 'I'}, {1, 'U'}}}, nil)
+		p = <-b.order.proposals
+		gone.Lost()
+		p.answer <- nil
+		if p = <-b.order.proposals; p.entry.Abort == nil || p.entry.Abort.GID != gone.GID() {
+			b.Fatalf("want an Abort entry, so that nodes drop the parts: %+v", p.entry)
+		}
+		p.answer <- nil
+		b.want(gone, txn.StepAbort)
+	})
+}
+
+func TestCloseAnswersEverybody(t *testing.T) {
+	run(t, 1, func(b bench) {
+		waiting, inLog := b.begin(), b.begin()
+		b.mark(inLog)
+		<-b.order.proposals
+		b.shut()
+		b.want(waiting, txn.StepAbort)
+		b.want(inLog, txn.StepUnknown)
+		if _, err := b.Begin(b.Context(), 1, 1); !errors.Is(err, txn.ErrClosed) {
+			b.Errorf("Begin after close: %v", err)
+		}
+	})
+}
