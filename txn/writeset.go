@@ -60,14 +60,15 @@ const (
 	AbortEvicted               // it blocked an entry that is already decided
 	AbortNoQuorum              // it could not be ordered
 	AbortCapture               // its changes could not be read from the server
+	AbortInvalid               // its origin broke a rule of the protocol: an error in Quorate
 )
 
-var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum", "capture"}
+var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum", "capture", "invalid"}
 
 // String returns the metric label.
 func (r AbortReason) String() string {
 	if int(r) < len(abortNames) {
 		return abortNames[r]
 	}
-	return "invalid"
+	return "unknown"
 }
