@@ -60,8 +60,8 @@ func dismantle() error {
 	return errors.Join(errs...)
 }
 
-// binary returns the compiled command.
-func binary(t *testing.T, race bool) string {
+// command returns the compiled command.
+func command(t *testing.T, race bool) string {
 	t.Helper()
 	f := &fixtures
 	if f.bin == "" {
@@ -104,7 +104,7 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 			t.Fatalf("the shared cluster was broken %d times, at last by: %v", f.starts-1, f.broken)
 		}
 		begin := time.Now()
-		c, err := cluster.Start(t.Context(), cluster.Options{Binary: binary(t, withRace)})
+		c, err := cluster.Start(t.Context(), cluster.Options{Binary: command(t, withRace)})
 		if err != nil {
 			f.broken = err
 			t.Fatal(err)
