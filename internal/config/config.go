@@ -1,0 +1,140 @@
+// Package config reads the configuration of a node. It is strict: what is misspelt or impossible is refused, all of
+// it at once, by field and value, before anything is touched.
+package config
+
+import (
+	"log/slog"
+	"time"
+
+	"github.com/quorate/quorate/txn"
+)
+
+// Config is one node's configuration file. Paths that are not absolute are taken from the file's own directory;
+// addresses are host:port, with an IP address or a name for host.
+type Config struct {
+	// Cluster is the name that all members share: 1 to 63 of a-z, 0-9, "-" and "_". A data directory remembers it and
+	// is refused under another. Required.
+	Cluster string `yaml:"cluster"`
+	// Node is the ID of this node, one of Members, at least 1. It never changes, and after a node lost its data
+	// directory it must not be used again. Required.
+	Node txn.NodeID `yaml:"node"`
+	// DataDir holds the sidecar's log and pid file and, for a managed server, PostgreSQL's data. Required.
+	DataDir string `yaml:"data_dir"`
+
+	Postgres Postgres `yaml:"postgres"`
+	Listen   Listen   `yaml:"listen"`
+	// Members lists every node, this one included, alike on all of them. It founds the cluster; afterwards the log
+	// knows the members, and only the addresses of gRPC, HTTP and gateway are taken from here.
+	Members []Member `yaml:"members"`
+
+	Apply  Apply  `yaml:"apply,omitempty"`
+	Limits Limits `yaml:"limits,omitempty"`
+	// CommitTimeout bounds how long a COMMIT waits to be ordered. Then the client gets an error, and where the outcome
+	// cannot be known 08007. Default 10s, at least 100ms. Shorter than an election (about 2s), and every change of
+	// leader fails commits.
+	CommitTimeout time.Duration `yaml:"commit_timeout,omitempty"`
+	Log           Log           `yaml:"log,omitempty"`
+	// Pprof serves Go's profiles under /debug/pprof/ on the HTTP address. They show memory contents: off by default.
+	Pprof bool `yaml:"pprof,omitempty"`
+}
+
+// Postgres says which server belongs to the node.
+type Postgres struct {
+	// Managed servers are initialised, configured, started and stopped by the node. Otherwise it attaches to one that
+	// runs, and refuses to start when a setting of it will not do.
+	Managed bool `yaml:"managed"`
+	// BinDir holds postgres and initdb of version 17 or newer. Default: what pg_config names, else the newest under
+	// /usr/lib/postgresql. Managed only.
+	BinDir string `yaml:"bin_dir,omitempty"`
+	// DataDir is PostgreSQL's data directory. Default "pgdata" in the node's data directory. Managed only.
+	DataDir string `yaml:"data_dir,omitempty"`
+	// Host is the IP address of TCP connections that a managed server listens on (default 127.0.0.1), or where an
+	// attached one is: address, name or, with a leading slash, socket directory (required then).
+	Host string `yaml:"host,omitempty"`
+	// Port of TCP and of the Unix socket's name. Default 5432.
+	Port int `yaml:"port,omitempty"`
+	// SocketDir is where a managed server has its Unix socket, through which the node connects. At most 92 bytes.
+	// Default "run" beside PostgreSQL's data directory or, where that is too long, a directory under /tmp. Managed only.
+	SocketDir string `yaml:"socket_dir,omitempty"`
+	// Superuser is the role the node itself uses. Default "postgres".
+	Superuser string `yaml:"superuser,omitempty"`
+	// PasswordFile holds the superuser's password in its first line. Required for a managed server unless Auth is trust.
+	PasswordFile string `yaml:"password_file,omitempty"`
+	// Auth is how a managed server authenticates local and loopback connections: scram-sha-256 (default) or trust. With
+	// trust everybody on this machine is superuser: for demonstrations.
+	Auth string `yaml:"auth,omitempty"`
+	// Database is the one that is replicated. Default "postgres".
+	Database string `yaml:"database,omitempty"`
+	// Settings are written to a managed server's configuration and win over the node's own choice, which is
+	// dangerous for those that replication rests on. Managed only.
+	Settings map[string]string `yaml:"settings,omitempty"`
+}
+
+// Listen has the addresses this node listens on. All are required and differ.
+type Listen struct {
+	// Gateway is where clients of PostgreSQL connect.
+	Gateway string `yaml:"gateway"`
+	// GRPC serves the command line, and the other members' proposals.
+	GRPC string `yaml:"grpc"`
+	// HTTP serves metrics.
+	HTTP string `yaml:"http"`
+	// Raft serves the other members' log.
+	Raft string `yaml:"raft"`
+}
+
+// Member has the addresses by which the other members, and people, reach a node: hosts that mean it everywhere, not
+// 0.0.0.0.
+type Member struct {
+	ID      txn.NodeID `yaml:"id"`
+	Raft    string     `yaml:"raft"`
+	GRPC    string     `yaml:"grpc"`
+	HTTP    string     `yaml:"http,omitempty"`    // shown only
+	Gateway string     `yaml:"gateway,omitempty"` // shown only
+}
+
+// Apply configures how other nodes' transactions are applied here.
+type Apply struct {
+	// Workers is how many are applied at once, each on its own connection to PostgreSQL. Default 8, at most 256.
+	Workers int `yaml:"workers,omitempty"`
+}
+
+// Limits bound what the node takes on. Where one is reached the node makes others wait, or refuses; it never drops.
+type Limits struct {
+	// Clients is how many sessions the gateway holds at once; more are refused with 53300. Default 100, at most 10000.
+	// A managed server's max_connections follows from it.
+	Clients int `yaml:"clients,omitempty"`
+	// Message is the largest protocol message a client may send. Default 64MiB, at least 64KiB, at most 1GiB.
+	Message Size `yaml:"message,omitempty"`
+	// CaptureMemory is how much of open transactions' changes is kept in memory; what is more goes to files under the
+	// data directory. Default 64MiB, at least 1MiB.
+	CaptureMemory Size `yaml:"capture_memory,omitempty"`
+	// ApplyTransactions and ApplyMemory bound what is ordered but not yet applied here; beyond, reading the log waits.
+	// Defaults 4096 and 64MiB; at least 1 and 1MiB.
+	ApplyTransactions int  `yaml:"apply_transactions,omitempty"`
+	ApplyMemory       Size `yaml:"apply_memory,omitempty"`
+}
+
+// Log configures the log written to standard error.
+type Log struct {
+	// Level is debug, info (default), warn or error.
+	Level string `yaml:"level,omitempty"`
+	// Format is text (default) or json.
+	Format string `yaml:"format,omitempty"`
+}
+
+// SlogLevel returns Level in slog's terms.
+func (l Log) SlogLevel() slog.Level { return levels[l.Level] }
+
+var levels = map[string]slog.Level{
+	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
+}
+
+// Self returns this node's entry of Members. It is the zero Member if there is none, which Validate refuses.
+func (c *Config) Self() Member {
+	for _, m := range c.Members {
+		if m.ID == c.Node {
+			return m
+		}
+	}
+	return Member{}
+}

@@ -1,0 +1,220 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+const sampleFile = "../../configs/quorate.yaml"
+
+func TestSample(t *testing.T) {
+	c, err := Load(sampleFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Self().Gateway != "10.0.0.1:6432" || c.Postgres.DataDir != "/var/lib/quorate/node1/pgdata" ||
+		c.CommitTimeout != 10*time.Second || c.Limits.Message != 64<<20 || c.Apply.Workers != 8 {
+		t.Errorf("sample: %+v", c)
+	}
+}
+
+// What the sample shows as defaults are the defaults, and it shows every field.
+func TestSampleIsComplete(t *testing.T) {
+	text, err := os.ReadFile(sampleFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	commented := regexp.MustCompile(`(?m)^( *)# ?( *[a-z_]+:( |$))`)
+	all := commented.ReplaceAllString(string(text), "$1$2")
+	shown, err := Parse([]byte(all), "/")
+	if err != nil {
+		t.Fatalf("the sample with everything in it: %v\n%s", err, all)
+	}
+	if shown.Postgres.Settings["shared_buffers"] == "" || shown.Postgres.BinDir == "" || shown.Postgres.SocketDir == "" {
+		t.Errorf("the sample does not show everything: %+v", shown.Postgres)
+	}
+	plain, err := Load(sampleFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown.Postgres.Settings, shown.Postgres.BinDir, shown.Postgres.SocketDir = nil, "", ""
+	if !reflect.DeepEqual(shown, plain) {
+		t.Errorf("the sample shows other defaults\n%+v\nthan there are\n%+v", shown, plain)
+	}
+	var missing []string
+	var walk func(reflect.Type)
+	walk = func(typ reflect.Type) {
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+			if !strings.Contains(all, name+":") {
+				missing = append(missing, typ.Name()+"."+name)
+			}
+			switch f.Type.Kind() {
+			case reflect.Struct:
+				walk(f.Type)
+			case reflect.Slice:
+				walk(f.Type.Elem())
+			}
+		}
+	}
+	walk(reflect.TypeFor[Config]())
+	if len(missing) > 0 {
+		t.Errorf("the sample lacks %v", missing)
+	}
+}
+
+const minimal = `
+cluster: c
+node: 1
+data_dir: data
+postgres: {managed: true, auth: trust}
+listen: {gateway: ":6001", grpc: ":6201", http: ":6301", raft: ":6401"}
+members: [{id: 1, raft: "h:6401", grpc: "h:6201"}]
+`
+
+func TestPathsAreRelativeToTheFile(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "quorate.yaml")
+	if err := os.WriteFile(name, []byte(minimal), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.DataDir != filepath.Join(dir, "data") || c.Postgres.DataDir != filepath.Join(dir, "data/pgdata") {
+		t.Errorf("directories are %s, %s", c.DataDir, c.Postgres.DataDir)
+	}
+	if err := c.Save(name); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := Load(name); err != nil || !reflect.DeepEqual(c, again) {
+		t.Errorf("saved and loaded: %v\n%+v\nwas\n%+v", err, again, c)
+	}
+}
+
+func TestErrorsNameFieldAndValue(t *testing.T) {
+	for _, tc := range []struct{ from, to, want string }{
+		{"node: 1", "nodde: 1", "line 3: nodde: there is no such field"},
+		{"node: 1", "node: one", `line 3: node: "one": must be a whole number`},
+		{"node: 1", "node: -1", `line 3: node: "-1": must be a whole number`},
+		{"node: 1", "node: 2", `node: "2": is not among the members`},
+		{"cluster: c", "cluster: Ä", `cluster: "Ä": `},
+		{"cluster: c", "cluster: c\npostgress: 5", "line 3: postgress: there is no such field"},
+		{"data_dir: data", "data_dir:", "data_dir: is required"},
+		{`":6001"`, `":66001"`, `listen.gateway: ":66001": port "66001" must be from 1 to 65535`},
+		{`":6001"`, `"6001"`, `listen.gateway: "6001": must be host:port`},
+		{`":6001"`, `":6401"`, `listen.raft: ":6401": is the address of listen.gateway too`},
+		{`":6001"`, `"127.0.0.1:5432"`, `listen.gateway: "127.0.0.1:5432": is the address of postgres.port too`},
+		{`"h:6401"`, `"0.0.0.0:6401"`, `members[0].raft: "0.0.0.0:6401": must name a host`},
+		{`"h:6401"`, `"h:6201"`, `members[0].grpc: "h:6201": is the address of members[0].raft too`},
+		{"auth: trust", "auth: md5", `postgres.auth: "md5": must be one of`},
+		{"auth: trust", "port: 5433", `postgres.password_file: is required`},
+		{"auth: trust", "auth: trust, port: 70000", `postgres.port: "70000": must be from 1 to 65535`},
+		{"auth: trust", "auth: trust, colour: red", "there is no such field"},
+		{"auth: trust", "auth: trust, settings: {port: 5}", `postgres.settings.port: "5": must not be set here; use postgres.port`},
+		{"managed: true, auth: trust", "bin_dir: /b, host: h", `postgres.bin_dir: "/b": is only for a managed server`},
+		{"managed: true, auth: trust", "managed: false", `postgres.host: is required`},
+		{"node: 1", "node: 1\ncommit_timeout: 50ms", `commit_timeout: "50ms": must be from 100ms to 1h`},
+		{"node: 1", "node: 1\ncommit_timeout: soon", `line 4: commit_timeout: "soon": must be a duration`},
+		{"node: 1", "node: 1\nlimits: {message: 1GB}", `line 4: limits.message: "1GB" is not a size`},
+		{"node: 1", "node: 1\nlimits: {message: 1KiB}", `limits.message: "1KiB": must be from 64KiB to 1GiB`},
+		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},
+		{"node: 1", "node: 1\nmembers: {}", "already defined"},
+		{"node: 1", "node: [", "line"},
+	} {
+		text := strings.Replace(minimal, tc.from, tc.to, 1)
+		if text == minimal {
+			t.Fatalf("%q is not in the text", tc.from)
+		}
+		_, err := Parse([]byte(text), "/d")
+		var wrong *Error
+		if !errors.As(err, &wrong) || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: error\n%v\ndoes not say\n%s", tc.to, err, tc.want)
+		}
+	}
+}
+
+func TestEverythingAtOnce(t *testing.T) {
+	_, err := Parse(nil, "/d")
+	var wrong *Error
+	if !errors.As(err, &wrong) {
+		t.Fatal(err)
+	}
+	for _, field := range []string{"cluster", "node", "data_dir", "postgres.host", "listen.gateway", "listen.grpc", "listen.http", "listen.raft", "members"} {
+		if !strings.Contains(err.Error(), "\n  "+field+": ") {
+			t.Errorf("%s is not named by\n%v", field, err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	sample, err := os.ReadFile(sampleFile)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(sample)
+	f.Add([]byte(minimal))
+	f.Add([]byte("a: &a [*a]\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := Parse(text, "/d")
+		if err != nil {
+			_ = err.Error()
+			return
+		}
+		if err := c.Validate(); err != nil {
+			t.Errorf("accepted, but invalid: %v", err)
+		}
+	})
+}
+
+func TestSize(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := Size(rapid.Int64Range(0, 1<<62).Draw(t, "size"))
+		if got, err := ParseSize(s.String()); err != nil || got != s {
+			t.Fatalf("%d is written %q and read %d, %v", int64(s), s, int64(got), err)
+		}
+	})
+	for _, text := range []string{"", "-1", "1.5MiB", "MiB", "9999999999999GiB", "1 MiB"} {
+		if got, err := ParseSize(text); err == nil {
+			t.Errorf("%q is %d, want an error", text, int64(got))
+		}
+	}
+}
+
+func TestClaimDataDir(t *testing.T) {
+	c, err := Parse([]byte(minimal), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := c.ClaimDataDir(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := c
+	other.Cluster = "d"
+	if err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to cluster "c": cluster is "d"`) {
+		t.Errorf("another cluster: %v", err)
+	}
+	other = c
+	other.Node = 2
+	if err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to node 1 of cluster "c": node is 2`) {
+		t.Errorf("another node: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(c.DataDir, "identity"), []byte("garbage"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), "damaged") {
+		t.Errorf("damaged identity: %v", err)
+	}
+}
