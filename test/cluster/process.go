@@ -17,7 +17,8 @@ type Process struct {
 	PID     int
 	Parent  int
 	Command string        // the arguments, separated by blanks
-	CPU     time.Duration // user and system time so far, its reaped children not included
+	CPU     time.Duration // user and system time so far
+	Reaped  time.Duration // the same of its children that have ended, and of theirs
 	Zombie  bool
 }
 
@@ -36,17 +37,22 @@ func ReadProcess(pid int) (Process, error) {
 	}
 	// The name, in parentheses, may itself hold blanks and parentheses: the fields begin behind the last one.
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 13 {
+	if len(fields) < 15 {
 		return Process{}, fmt.Errorf("read process %d: short stat line %q", pid, stat)
 	}
 	p := Process{PID: pid, Zombie: fields[0] == "Z"}
 	parent, err1 := strconv.Atoi(fields[1])
-	user, err2 := strconv.ParseInt(fields[11], 10, 64)
-	system, err3 := strconv.ParseInt(fields[12], 10, 64)
-	if err := errors.Join(err1, err2, err3); err != nil {
+	var ticks [4]int64 // user, system; of reaped children: user, system
+	errs := []error{err1}
+	for i := range ticks {
+		ticks[i], err = strconv.ParseInt(fields[11+i], 10, 64)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
 		return Process{}, fmt.Errorf("read process %d: %w", pid, err)
 	}
-	p.Parent, p.CPU = parent, time.Duration(user+system)*clockTick
+	p.Parent = parent
+	p.CPU, p.Reaped = time.Duration(ticks[0]+ticks[1])*clockTick, time.Duration(ticks[2]+ticks[3])*clockTick
 	command, err := os.ReadFile(filepath.Join(dir, "cmdline"))
 	if err == nil {
 		p.Command = strings.TrimSpace(strings.ReplaceAll(string(command), "\x00", " "))
