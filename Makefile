@@ -1,0 +1,70 @@
+# Everything that is done to this repository from the command line. CI runs "make verify test", see .ci/run.
+
+GO ?= go
+# Go programs of the toolchain are run at these versions and installed nowhere but here.
+TOOLS := $(CURDIR)/.tools
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+PROTOC_GEN_GO_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+PROTOS := $(sort $(shell find proto -name '*.proto'))
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+.PHONY: build test demo bench stress verify generate generate-check fmt-check tidy-check
+
+build:
+	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
+
+# Many packages start PostgreSQL servers of their own. More of them at once than processors, and they only wait for
+# each other, until time limits inside the tests are missed.
+test:
+	$(GO) test -race -p 2 -timeout 10m ./...
+
+demo: build
+	bin/quorate demo
+
+bench: build
+	$(GO) run ./test/bench
+
+# The workloads of test/cluster, for as long as the issue asks instead of seconds. STRESS is the length of each.
+STRESS ?= 60s
+stress:
+	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -timeout 2h -v ./test/cluster
+
+verify: fmt-check generate-check tidy-check
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	$(GO) test ./internal/layout
+
+fmt-check:
+	@out=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+	if [ -n "$$out" ]; then echo "gofmt these files:"; echo "$$out"; exit 1; fi
+
+tidy-check:
+	$(GO) mod tidy -diff
+
+$(TOOLS)/protoc-gen-go: Makefile
+	GOBIN=$(TOOLS) $(GO) install $(PROTOC_GEN_GO)
+
+$(TOOLS)/protoc-gen-go-grpc: Makefile
+	GOBIN=$(TOOLS) $(GO) install $(PROTOC_GEN_GO_GRPC)
+
+# $(call protoc,DIR) writes the generated code under DIR.
+define protoc
+	@command -v protoc >/dev/null || { echo "protoc is missing: apt-get install protobuf-compiler"; exit 1; }
+	PATH="$(TOOLS):$$PATH" protoc -I proto \
+		--go_out=$(1) --go_opt=module=github.com/quorate/quorate \
+		--go-grpc_out=$(1) --go-grpc_opt=module=github.com/quorate/quorate $(PROTOS)
+endef
+
+generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	$(call protoc,.)
+
+# The version of protoc, which generated code mentions, is Debian's choice and not ours.
+generate-check: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@rm -rf $(TOOLS)/generated && mkdir -p $(TOOLS)/generated
+	$(call protoc,$(TOOLS)/generated)
+	@cd $(TOOLS)/generated && for f in $$(find proto -name '*.pb.go'); do \
+		diff -u -I '^//.*protoc  *v' $(CURDIR)/$$f $$f || { echo "$$f is out of date: make generate"; exit 1; }; done
+	@for f in $$(find proto -name '*.pb.go'); do \
+		test -e $(TOOLS)/generated/$$f || { echo "$$f is generated from nothing: remove it"; exit 1; }; done
