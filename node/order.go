@@ -1,0 +1,192 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/gateway"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/replication"
+	"github.com/quorate/quorate/replication/apply"
+	"github.com/quorate/quorate/replication/capture"
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+	"github.com/quorate/quorate/txn/coord"
+)
+
+// This file holds the joints: each consumer declares the interface it needs in its own words, and here the packages
+// that provide it are fitted to them.
+
+// deliver takes one decision of the log, in order.
+func (n *Node) deliver(d replication.Decision) {
+	gid := d.Set.GID
+	own := gid.Node == n.cfg.Node
+	var held *coord.Transaction
+	if own && gid.Incarnation == n.incarnation {
+		held = n.coord.Decided(gid, d.Verdict)
+	}
+	if !d.Verdict.Commits() {
+		return
+	}
+	item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
+	switch {
+	case held != nil:
+		item.Local = local{held}
+	case own && gid.Incarnation != n.incarnation:
+		item.Local = earlier{}
+	}
+	if err := n.pipeline.Enqueue(n.ctx, item); err != nil && n.ctx.Err() == nil {
+		n.fail(fmt.Errorf("queue transaction %d for apply: %w", item.CSN, err))
+	}
+}
+
+// local fits a coordinator's transaction to apply.
+type local struct{ *coord.Transaction }
+
+func (l local) Committed() bool { return l.DidCommit() }
+
+// earlier stands for a transaction that an earlier incarnation of this node proposed. Its session is gone, but it may
+// have committed before: apply asks the server for the status of its xid, as for any session that was lost.
+type earlier struct{}
+
+var gone = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+func (earlier) Release()                  {}
+func (earlier) Finished() <-chan struct{} { return gone }
+func (earlier) Committed() bool           { return false }
+func (earlier) PID() uint32               { return 0 }
+func (earlier) Visible(txn.CSN)           {}
+
+// machine fits replication.Machine to consensus.
+type machine struct{ *replication.Machine }
+
+func (m machine) Apply(entries []consensus.Entry) {
+	for _, e := range entries {
+		m.Machine.Apply(e.Index, e.Data)
+	}
+}
+
+func (m machine) Snapshot() (consensus.Snapshot, error) {
+	s, err := m.Machine.Snapshot()
+	if err != nil {
+		return nil, err
+	}
+	return snapshot{s}, nil
+}
+
+func (m machine) Restore(r io.Reader) error { return m.Machine.Restore(r) }
+
+type snapshot struct{ *replication.Snapshot }
+
+func (snapshot) Release() {}
+
+// sink fits the coordinator to capture.
+type sink struct{ n *Node }
+
+func (s sink) Expecting(gid txn.GID) bool { return s.n.coord.Expecting(gid) }
+
+func (s sink) Marked(m capture.Marker, set *txn.WriteSet, parts txn.Parts, err error) {
+	s.n.coord.Marked(m.GID, set, parts, err)
+}
+
+func (s sink) Stray(xid uint32, lsn txn.LSN, rows uint64) {
+	// Someone wrote behind the gateway's back: this node now holds rows that no other has.
+	s.n.log.Error("a commit bypassed the gateway and was not replicated: this node differs from the others",
+		logkey.XID, xid, logkey.LSN, lsn.String(), "rows", rows)
+	s.n.strays.Inc()
+}
+
+// coordinator fits the coordinator to the gateway.
+type coordinator struct{ n *Node }
+
+func (c coordinator) Applied() txn.CSN { return c.n.coord.Applied() }
+
+func (c coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (gateway.Commit, error) {
+	if err := c.n.accepting(); err != nil {
+		return nil, fmt.Errorf("%w: %w", txn.ErrNoQuorum, err)
+	}
+	t, err := c.n.coord.Begin(ctx, base, pid)
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// order fits consensus to the coordinator, and holds back proposals while this node is too far behind the log.
+type order struct{ n *Node }
+
+func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
+	if last := o.n.machine.LastCSN(); last > maxLag {
+		if err := o.n.pipeline.WaitFor(ctx, last-maxLag); err != nil {
+			return 0, fmt.Errorf("wait for apply to catch up: %w: %w", txn.ErrNoQuorum, err)
+		}
+	}
+	return o.n.consensus.Load().Propose(ctx, data)
+}
+
+// AwaitLeader is called after a proposal failed. The leader that refused it may not know yet that it leads no more, so
+// a known leader is given a moment to change before it is asked again.
+func (o order) AwaitLeader(ctx context.Context) error {
+	c := o.n.consensus.Load()
+	if l, changed := c.Leadership(); l.Leader != 0 {
+		moment := time.NewTimer(leaderRetry)
+		defer moment.Stop()
+		select {
+		case <-changed:
+		case <-moment.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	_, err := c.WaitLeader(ctx)
+	return err
+}
+
+// leaderRetry is well below an election's time and well above a round trip's.
+const leaderRetry = 20 * time.Millisecond
+
+// prune lets the certifiers forget, by an entry in the log, so that all forget alike. Only the leader proposes it.
+func (n *Node) prune() {
+	last, horizon := n.machine.LastCSN(), n.machine.Horizon()
+	if last < horizon+horizonKeep+horizonStep {
+		return
+	}
+	c := n.consensus.Load()
+	if c == nil || c.Status().Leader != n.cfg.Node || !n.pruning.CompareAndSwap(false, true) {
+		return
+	}
+	n.group.Go(func() error {
+		defer n.pruning.Store(false)
+		if _, err := c.Propose(n.ctx, codec.AppendHorizon(nil, last-horizonKeep)); err != nil {
+			n.log.Warn("propose a horizon", logkey.CSN, last-horizonKeep, logkey.Error, err)
+		}
+		return nil
+	})
+}
+
+// durable waits until PostgreSQL has flushed everything up to csn: then the log may forget it.
+func (n *Node) durable(csn txn.CSN) error {
+	if err := n.pipeline.WaitFor(n.ctx, csn); err != nil {
+		return fmt.Errorf("wait until CSN %d is applied: %w", csn, err)
+	}
+	conn, err := n.connect(n.ctx)
+	if err != nil {
+		return err
+	}
+	// Its WAL record comes after the commits, which are asynchronous but in order; flushing it flushes them.
+	_, err = conn.Exec(n.ctx, `SELECT pg_logical_emit_message(false, 'quorate.flush', '', true)`).ReadAll()
+	return errors.Join(err, closeConn(n.ctx, conn))
+}
+
+func closeConn(ctx context.Context, conn *pgconn.PgConn) error {
+	if err := conn.Close(ctx); err != nil {
+		return fmt.Errorf("close connection to PostgreSQL: %w", err)
+	}
+	return nil
+}

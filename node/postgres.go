@@ -1,0 +1,177 @@
+package node
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/pgserver"
+	"github.com/quorate/quorate/replication/apply"
+	"github.com/quorate/quorate/replication/pg"
+)
+
+// openPostgres brings PostgreSQL to where the rest can build on it: running, with the right settings, our objects
+// installed, and nothing left of an earlier incarnation.
+func (n *Node) openPostgres(ctx context.Context) error {
+	sizing := pgserver.Sizing{Clients: n.cfg.Limits.Clients, Workers: n.cfg.Apply.Workers}
+	if n.cfg.Postgres.Managed {
+		if err := n.startServer(ctx, sizing); err != nil {
+			return err
+		}
+	}
+	conn, err := n.connect(ctx)
+	if err != nil {
+		return err
+	}
+	err = n.prepareServer(ctx, conn, sizing)
+	return errors.Join(err, closeConn(ctx, conn))
+}
+
+func (n *Node) startServer(ctx context.Context, sizing pgserver.Sizing) error {
+	c := n.cfg.Postgres
+	install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: c.BinDir})
+	if err != nil {
+		return err
+	}
+	settings := pgserver.NodeSettings(install.Version, sizing)
+	for name, value := range c.Settings {
+		settings[name] = value
+	}
+	password, err := readPassword(c.PasswordFile)
+	if err != nil {
+		return err
+	}
+	n.server, err = pgserver.New(pgserver.Config{
+		Install: install, DataDir: c.DataDir, Host: c.Host, Port: c.Port, SocketDir: c.SocketDir,
+		Superuser: c.Superuser, Auth: c.Auth, Password: password, Settings: settings,
+		Log: n.log.With(logkey.Component, "postgres"),
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := n.server.Init(ctx); err != nil {
+		return err
+	}
+	if err := n.server.Start(ctx); err != nil {
+		return err
+	}
+	n.onClose(n.server.Stop)
+	n.group.Go(func() error {
+		select {
+		case <-n.server.Done():
+			n.fail(errors.New("PostgreSQL has stopped"))
+		case <-n.ctx.Done():
+		}
+		return nil
+	})
+	return nil
+}
+
+func (n *Node) prepareServer(ctx context.Context, conn *pgconn.PgConn, sizing pgserver.Sizing) error {
+	if err := pgserver.CheckSettings(ctx, conn, sizing); err != nil {
+		return err
+	}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: maxNodes}
+	if err := pg.Settle(ctx, conn); err != nil {
+		return err
+	}
+	if err := pg.Install(ctx, conn, id); err != nil {
+		return err
+	}
+	var err error
+	n.start, err = apply.Progress(ctx, conn)
+	return err
+}
+
+// slot is this node's residue of every sequence: its place among the members. The members do not change yet.
+func (n *Node) slot() int {
+	for i, m := range n.cfg.Members {
+		if m.ID == n.cfg.Node {
+			return i
+		}
+	}
+	return 0
+}
+
+// connString is how this node itself reaches its PostgreSQL.
+func (n *Node) connString() (string, error) {
+	c := n.cfg.Postgres
+	if n.server != nil {
+		return n.server.ConnString(c.Database), nil
+	}
+	password, err := readPassword(c.PasswordFile)
+	if err != nil {
+		return "", err
+	}
+	quote := func(s string) string { return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) + "'" }
+	s := fmt.Sprintf("host=%s port=%d user=%s database=%s", quote(c.Host), c.Port, quote(c.Superuser), quote(c.Database))
+	if password != "" {
+		s += " password=" + quote(password)
+	}
+	return s, nil
+}
+
+// parseConn is connString as pgconn takes it, for sessions of the node itself: they may write, and no setting of a
+// role or database bends what they read.
+func (n *Node) parseConn(application string) (*pgconn.Config, error) {
+	s, err := n.connString()
+	if err != nil {
+		return nil, err
+	}
+	c, err := pgconn.ParseConfig(s)
+	if err != nil {
+		return nil, fmt.Errorf("connect to PostgreSQL: %w", err)
+	}
+	c.RuntimeParams["application_name"] = application
+	c.RuntimeParams["default_transaction_read_only"] = "off"
+	return c, nil
+}
+
+// connect opens a superuser's session on the replicated database.
+func (n *Node) connect(ctx context.Context) (*pgconn.PgConn, error) {
+	c, err := n.parseConn("quorate")
+	if err != nil {
+		return nil, err
+	}
+	conn, err := pgconn.ConnectConfig(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("connect to PostgreSQL: %w", err)
+	}
+	return conn, nil
+}
+
+// serverAddress is the network and address of PostgreSQL, for the gateway's server connections.
+func (n *Node) serverAddress() (network, address string) {
+	host, port := n.cfg.Postgres.Host, strconv.Itoa(n.cfg.Postgres.Port)
+	if n.server != nil {
+		host = n.server.Config().SocketDir
+	}
+	if strings.HasPrefix(host, "/") {
+		return "unix", host + "/.s.PGSQL." + port
+	}
+	return "tcp", net.JoinHostPort(host, port)
+}
+
+func readPassword(name string) (string, error) {
+	if name == "" {
+		return "", nil
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return "", fmt.Errorf("read postgres.password_file: %w", err)
+	}
+	defer f.Close()
+	line := bufio.NewScanner(f)
+	if !line.Scan() {
+		return "", fmt.Errorf("read postgres.password_file %q: its first line is missing: %w", name, errors.Join(line.Err(), errors.New("no password")))
+	}
+	return line.Text(), nil
+}

@@ -1,0 +1,126 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/grpc"
+
+	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/gateway"
+	"github.com/quorate/quorate/internal/logkey"
+)
+
+// openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
+// they exist, and it serves once consensus is open.
+func (n *Node) openAdmin(context.Context) error {
+	n.grpc = grpc.NewServer()
+	members := make([]admin.Member, len(n.cfg.Members))
+	for i, m := range n.cfg.Members {
+		members[i] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
+	}
+	api, err := admin.New(admin.Config{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: members, Source: n})
+	if err != nil {
+		return err
+	}
+	n.onClose(func(context.Context) error { return api.Close() })
+	api.Register(n.grpc)
+	n.admin.Store(api)
+	return nil
+}
+
+// serveGRPC listens. The server stops before what it serves is closed.
+func (n *Node) serveGRPC(ctx context.Context) error {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.Listen.GRPC)
+	if err != nil {
+		return fmt.Errorf("listen.grpc: %w", err)
+	}
+	n.onClose(func(context.Context) error { n.grpc.Stop(); return nil })
+	n.run("gRPC", func(context.Context) error { return n.grpc.Serve(listener) })
+	return nil
+}
+
+// Status says how the node is, for the API.
+func (n *Node) Status() admin.Status {
+	s := admin.Status{State: n.state.Load().name, Reason: n.state.Load().reason}
+	if n.machine != nil {
+		s.CSN = n.machine.LastCSN()
+	}
+	if n.pipeline != nil {
+		s.Applied, s.AppliedIndex = n.pipeline.Applied(), n.pipeline.AppliedIndex()
+	}
+	c := n.consensus.Load()
+	if c == nil {
+		return s
+	}
+	view := c.Status()
+	s.Leader, s.Term, s.CommitIndex = view.Leader, view.Term, view.CommitIndex
+	switch view.State {
+	case consensus.Leader:
+		s.Role = admin.Leader
+	case consensus.Candidate:
+		s.Role = admin.Candidate
+	default:
+		s.Role = admin.Follower
+	}
+	err := n.accepting()
+	if s.Writes = err == nil; !s.Writes {
+		s.Reason = err.Error()
+	}
+	return s
+}
+
+func (n *Node) openHTTP(ctx context.Context) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(n.metrics, promhttp.HandlerOpts{}))
+	if n.cfg.Pprof {
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.Listen.HTTP)
+	if err != nil {
+		return fmt.Errorf("listen.http: %w", err)
+	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10}
+	n.onClose(func(context.Context) error { return server.Close() })
+	n.run("HTTP", func(context.Context) error {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		<-n.ctx.Done()
+		return nil
+	})
+	return nil
+}
+
+func (n *Node) openGateway(context.Context) error {
+	network, address := n.serverAddress()
+	g := gateway.New(gateway.Config{
+		Listen:        n.cfg.Listen.Gateway,
+		ServerNetwork: network,
+		ServerAddress: address,
+		Database:      n.cfg.Postgres.Database,
+		Coordinator:   coordinator{n},
+		Accepting:     n.accepting,
+		MaxSessions:   n.cfg.Limits.Clients,
+		MaxMessage:    int(n.cfg.Limits.Message),
+		Logger:        n.log.With(logkey.Component, "gateway"),
+		Registerer:    n.metrics,
+	})
+	if err := g.Open(); err != nil {
+		return err
+	}
+	n.gateway.Store(g)
+	n.onClose(func(context.Context) error { return g.Close() })
+	return nil
+}

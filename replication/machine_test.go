@@ -1,0 +1,210 @@
+package replication
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// recorder keeps what a machine says.
+type recorder struct {
+	*Machine
+	decisions []Decision
+	processed txn.LogIndex
+	failure   error
+	index     txn.LogIndex
+}
+
+func newRecorder() *recorder {
+	r := &recorder{}
+	r.Machine = New(Config{
+		Deliver:   func(d Decision) { r.decisions = append(r.decisions, d) },
+		Processed: func(i txn.LogIndex) { r.processed = i },
+		Durable:   func(txn.CSN) error { return nil },
+		Member:    func(codec.Member) {},
+		Fail:      func(err error) { r.failure = err },
+	})
+	return r
+}
+
+func (r *recorder) entry(data []byte) {
+	r.index++
+	r.Apply(r.index, data)
+}
+
+func (r *recorder) last() Decision { return r.decisions[len(r.decisions)-1] }
+
+func gid(node, sequence int) txn.GID {
+	return txn.GID{Node: txn.NodeID(node), Incarnation: 1, Sequence: uint64(sequence)}
+}
+
+func key(n int) (k txn.Key) { k[0] = byte(n); return k }
+
+func set(g txn.GID, seen txn.CSN, keys ...int) *txn.WriteSet {
+	w := &txn.WriteSet{GID: g, Database: "postgres", Base: seen, Seen: seen, Changes: []byte{1, 'I'}, Rows: 1}
+	for _, k := range keys {
+		w.Keys = append(w.Keys, txn.KeyUse{Key: key(k), Mode: txn.ModeWrite})
+	}
+	return w
+}
+
+func transactions(sets ...*txn.WriteSet) []byte { return codec.AppendTransactions(nil, sets) }
+
+func chunk(g txn.GID, part uint32) []byte {
+	return codec.AppendChunk(nil, &codec.Chunk{GID: g, Part: part, Data: []byte{1, 'I'}})
+}
+
+func TestFirstCommitterWinsWithinAndAcrossEntries(t *testing.T) {
+	r := newRecorder()
+	r.entry(transactions(set(gid(1, 1), 0, 7), set(gid(1, 2), 0, 7), set(gid(1, 3), 0, 8)))
+	r.entry(transactions(set(gid(2, 1), 0, 7), set(gid(2, 2), 1, 7)))
+	var got []string
+	for _, d := range r.decisions {
+		got = append(got, fmt.Sprint(d.Index, d.Verdict.CSN, d.Verdict.Reason))
+	}
+	want := []string{"1 1 none", "1 0 conflict", "1 2 none", "2 0 conflict", "2 3 none"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if r.processed != 2 || r.LastCSN() != 3 {
+		t.Errorf("processed %d, last CSN %d", r.processed, r.LastCSN())
+	}
+}
+
+func TestChunks(t *testing.T) {
+	r := newRecorder()
+	whole := set(gid(1, 1), 0, 1)
+	whole.Chunks = 2
+	r.entry(chunk(whole.GID, 0))
+	r.entry(chunk(whole.GID, 0)) // proposed twice
+	r.entry(chunk(whole.GID, 1))
+	if _, err := r.Snapshot(); !errors.Is(err, ErrUnfinished) {
+		t.Errorf("snapshot over open chunks: %v", err)
+	}
+	r.entry(transactions(whole))
+	if d := r.last(); !d.Verdict.Commits() || !slices.Equal(d.Chunks, []txn.LogIndex{1, 3}) {
+		t.Errorf("%+v", d)
+	}
+
+	torn := set(gid(1, 2), 1, 2)
+	torn.Chunks = 2
+	r.entry(chunk(torn.GID, 0))
+	r.entry(codec.AppendMember(nil, &codec.Member{Node: 1, Incarnation: 2})) // the origin started anew
+	r.entry(transactions(torn))
+	if d := r.last(); d.Verdict.Reason != txn.AbortRequested {
+		t.Errorf("a write set without its chunks: %+v", d.Verdict)
+	}
+
+	aborted := set(gid(2, 3), 1, 3)
+	aborted.Chunks = 1
+	r.entry(chunk(aborted.GID, 0))
+	r.entry(codec.AppendAbort(nil, codec.Abort{GID: aborted.GID, Reason: txn.AbortRequested}))
+	r.entry(chunk(aborted.GID, 0)) // late
+	r.entry(transactions(aborted))
+	if d := r.last(); d.Verdict.Reason != txn.AbortRequested {
+		t.Errorf("after Abort: %+v", d.Verdict)
+	}
+	if _, err := r.Snapshot(); err != nil {
+		t.Errorf("nothing is open: %v", err)
+	}
+}
+
+func TestUnreadableEntryStopsTheNode(t *testing.T) {
+	r := newRecorder()
+	r.entry([]byte("not an entry"))
+	r.entry(transactions(set(gid(1, 1), 0, 1)))
+	if !errors.Is(r.failure, txn.ErrCorrupt) && r.failure == nil {
+		t.Errorf("failure %v", r.failure)
+	}
+	if len(r.decisions) != 0 || r.processed != 0 {
+		t.Error("something was delivered after an entry that could not be read")
+	}
+}
+
+// A machine restored from a snapshot anywhere in a log decides the rest as one that read all of it.
+func TestSnapshotAnywhere(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		whole := newRecorder()
+		var log [][]byte
+		next := map[int]int{}
+		for range rapid.IntRange(1, 40).Draw(t, "entries") {
+			node := rapid.IntRange(1, 3).Draw(t, "node")
+			next[node]++
+			g := gid(node, next[node])
+			switch rapid.SampledFrom([]string{"batch", "batch", "batch", "chunked", "abort", "horizon", "member"}).Draw(t, "kind") {
+			case "batch":
+				var sets []*txn.WriteSet
+				for range rapid.IntRange(1, 4).Draw(t, "size") {
+					last := int(whole.LastCSN())
+					seen := txn.CSN(rapid.IntRange(max(0, last-5), last).Draw(t, "seen"))
+					sets = append(sets, set(gid(node, next[node]), seen, rapid.SliceOfN(rapid.IntRange(0, 9), 0, 4).Draw(t, "keys")...))
+					next[node]++
+				}
+				log = append(log, transactions(sets...))
+			case "chunked":
+				w := set(g, whole.LastCSN(), 1)
+				w.Chunks = 1
+				log = append(log, chunk(g, 0))
+				whole.entry(log[len(log)-1])
+				log = append(log, transactions(w))
+			case "abort":
+				log = append(log, codec.AppendAbort(nil, codec.Abort{GID: g, Reason: txn.AbortRequested}), transactions(set(g, whole.LastCSN(), 1)))
+				whole.entry(log[len(log)-2])
+			case "horizon":
+				log = append(log, codec.AppendHorizon(nil, whole.LastCSN()/2+1))
+			case "member":
+				log = append(log, codec.AppendMember(nil, &codec.Member{Node: txn.NodeID(node), Incarnation: 1}))
+			}
+			whole.entry(log[len(log)-1])
+		}
+		cut := rapid.IntRange(0, len(log)).Draw(t, "cut")
+		first, second := newRecorder(), newRecorder()
+		for _, e := range log[:cut] {
+			first.entry(e)
+		}
+		s, err := first.Snapshot()
+		if errors.Is(err, ErrUnfinished) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		var image bytes.Buffer
+		if n, err := s.WriteTo(&image); err != nil || n != int64(image.Len()) {
+			t.Fatalf("wrote %d of %d: %v", n, image.Len(), err)
+		}
+		if err := second.Restore(bytes.NewReader(image.Bytes())); err != nil {
+			t.Fatal(err)
+		}
+		second.index = first.index
+		for _, e := range log[cut:] {
+			second.entry(e)
+		}
+		if _, d := second.Digest(); second.LastCSN() != whole.LastCSN() || d != digest(whole) {
+			t.Fatalf("last CSN %d, want %d; digest %x, want %x", second.LastCSN(), whole.LastCSN(), d, digest(whole))
+		}
+		tail := whole.decisions[len(whole.decisions)-len(second.decisions):]
+		for i, d := range second.decisions {
+			if d.Verdict != tail[i].Verdict || d.Set.GID != tail[i].Set.GID {
+				t.Fatalf("decision %d: %+v, want %+v", i, d.Verdict, tail[i].Verdict)
+			}
+		}
+		// damage is found
+		if len(image.Bytes()) > 0 {
+			damaged := slices.Clone(image.Bytes())
+			damaged[rapid.IntRange(0, len(damaged)-1).Draw(t, "at")] ^= 0x40
+			if err := newRecorder().Restore(bytes.NewReader(damaged)); err == nil {
+				t.Fatal("a damaged snapshot was accepted")
+			}
+		}
+	})
+}
+
+func digest(r *recorder) uint64 { _, d := r.Digest(); return d }
