@@ -1,0 +1,330 @@
+package consensus
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+
+	"github.com/quorate/quorate/txn"
+)
+
+// patience is how long tests wait for what must happen. It is not what they measure.
+const patience = 20 * time.Second
+
+// recorder is a Machine that remembers everything.
+type recorder struct {
+	mu       sync.Mutex
+	entries  []Entry
+	restored int // entries that came by Restore
+	changed  chan struct{}
+	hold     chan struct{} // if not nil, Apply waits until it is closed
+}
+
+func newRecorder() *recorder { return &recorder{changed: make(chan struct{})} }
+
+func (r *recorder) Apply(entries []Entry) {
+	if r.hold != nil {
+		<-r.hold
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entries = append(r.entries, entries...)
+	r.notifyLocked()
+}
+
+func (r *recorder) notifyLocked() {
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+func (r *recorder) Snapshot() (Snapshot, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var b []byte
+	for _, e := range r.entries {
+		b = binary.BigEndian.AppendUint64(b, uint64(e.Index))
+		b = binary.BigEndian.AppendUint64(b, e.Term)
+		b = binary.BigEndian.AppendUint32(b, uint32(len(e.Data)))
+		b = append(b, e.Data...)
+	}
+	return recording{bytes.NewReader(b)}, nil
+}
+
+type recording struct{ *bytes.Reader }
+
+func (recording) Release() {}
+
+func (r *recorder) Restore(from io.Reader) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entries = nil
+	for {
+		var header [20]byte
+		if _, err := io.ReadFull(from, header[:]); errors.Is(err, io.EOF) {
+			r.restored = len(r.entries)
+			r.notifyLocked()
+			return nil
+		} else if err != nil {
+			return err
+		}
+		e := Entry{
+			Index: txn.LogIndex(binary.BigEndian.Uint64(header[:])), Term: binary.BigEndian.Uint64(header[8:]),
+			Data: make([]byte, binary.BigEndian.Uint32(header[16:])),
+		}
+		if _, err := io.ReadFull(from, e.Data); err != nil {
+			return err
+		}
+		r.entries = append(r.entries, e)
+	}
+}
+
+// await waits until the entries satisfy ok, and returns them.
+func (r *recorder) await(t *testing.T, what string, ok func([]Entry) bool) []Entry {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		r.mu.Lock()
+		entries, changed := r.entries, r.changed
+		r.mu.Unlock()
+		if ok(entries) {
+			return entries
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatalf("%s did not happen; %d entries are applied", what, len(entries))
+		}
+	}
+}
+
+func (r *recorder) awaitIndex(t *testing.T, index txn.LogIndex) []Entry {
+	t.Helper()
+	return r.await(t, fmt.Sprintf("apply of index %d", index), func(es []Entry) bool {
+		return len(es) > 0 && es[len(es)-1].Index >= index
+	})
+}
+
+func (r *recorder) awaitCount(t *testing.T, n int) []Entry {
+	t.Helper()
+	return r.await(t, fmt.Sprintf("apply of %d entries", n), func(es []Entry) bool { return len(es) >= n })
+}
+
+// testNode is one member: what survives a restart, and what is running.
+type testNode struct {
+	config  Config
+	c       *Consensus
+	machine *recorder
+	server  *grpc.Server
+	serving sync.WaitGroup
+}
+
+type testCluster struct {
+	t     *testing.T
+	nodes []*testNode // node i+1
+}
+
+// newCluster opens n nodes; change may alter each node's configuration. All is closed, and checked to be gone, at the
+// end of the test.
+func newCluster(t *testing.T, n int, change func(*Config)) *testCluster {
+	t.Helper()
+	cluster := &testCluster{t: t}
+	var members []Member
+	for i := range n {
+		members = append(members, Member{Node: txn.NodeID(i + 1), RaftAddress: freeAddress(t), GRPCAddress: freeAddress(t)})
+	}
+	t.Cleanup(func() {
+		cluster.stopAll()
+		requireNoGoroutines(t)
+	})
+	for i := range n {
+		cfg := Config{
+			Node: txn.NodeID(i + 1), Dir: filepath.Join(t.TempDir(), "raft"), RaftAddress: members[i].RaftAddress,
+			Bootstrap: members, HeartbeatTimeout: 500 * time.Millisecond, ElectionTimeout: 500 * time.Millisecond,
+			LeaderLease: 250 * time.Millisecond, VerifyInterval: time.Hour, Logger: testLogger(t, i+1),
+		}
+		if change != nil {
+			change(&cfg)
+		}
+		cluster.nodes = append(cluster.nodes, &testNode{config: cfg})
+	}
+	for i := range n {
+		cluster.start(i)
+	}
+	return cluster
+}
+
+func (tc *testCluster) start(i int) {
+	tc.t.Helper()
+	n := tc.nodes[i]
+	n.machine = newRecorder()
+	n.config.Registerer = prometheus.NewPedanticRegistry()
+	c, err := Open(n.config, n.machine)
+	if err != nil {
+		tc.t.Fatal(err)
+	}
+	n.c = c
+	n.server = grpc.NewServer()
+	c.Register(n.server)
+	l, err := net.Listen("tcp", n.config.Bootstrap[i].GRPCAddress)
+	if err != nil {
+		tc.t.Fatal(err)
+	}
+	server := n.server
+	n.serving.Go(func() {
+		if err := server.Serve(l); err != nil {
+			tc.t.Errorf("serve: %v", err)
+		}
+	})
+}
+
+func (tc *testCluster) stop(i int) {
+	tc.t.Helper()
+	n := tc.nodes[i]
+	if n.c == nil {
+		return
+	}
+	if err := n.c.Close(); err != nil {
+		tc.t.Errorf("close node %d: %v", i+1, err)
+	}
+	n.server.Stop()
+	n.serving.Wait()
+	n.c = nil
+}
+
+func (tc *testCluster) stopAll() {
+	for i := range tc.nodes {
+		tc.stop(i)
+	}
+}
+
+// leader waits until all running nodes agree on one of them, and returns its place.
+func (tc *testCluster) leader() int {
+	tc.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for {
+		agreed, changed := tc.agreed(ctx)
+		if agreed > 0 && tc.nodes[agreed-1].c != nil {
+			return int(agreed) - 1
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			tc.t.Fatal("no leader")
+		}
+	}
+}
+
+// agreed returns the leader that all running nodes name, otherwise 0 and what to wait for.
+func (tc *testCluster) agreed(ctx context.Context) (txn.NodeID, <-chan struct{}) {
+	var common txn.NodeID
+	var first <-chan struct{}
+	for _, n := range tc.nodes {
+		if n.c == nil {
+			continue
+		}
+		node, err := n.c.WaitLeader(ctx)
+		if err != nil {
+			tc.t.Fatal(err)
+		}
+		l, changed := n.c.Leadership()
+		switch {
+		case l.Leader != node:
+			return 0, closedChannel
+		case common == 0:
+			common, first = l.Leader, changed
+		case common != l.Leader:
+			// One of the two is behind the times, and will hear of it.
+			merged, cancel := context.WithCancel(ctx)
+			go func(a, b <-chan struct{}) {
+				defer cancel()
+				select {
+				case <-a:
+				case <-b:
+				case <-ctx.Done():
+				}
+			}(first, changed)
+			return 0, merged.Done()
+		}
+	}
+	return common, first
+}
+
+var closedChannel = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+func (tc *testCluster) follower() int { return (tc.leader() + 1) % len(tc.nodes) }
+
+// propose must succeed.
+func (tc *testCluster) propose(i int, data string) txn.LogIndex {
+	tc.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	index, err := tc.nodes[i].c.Propose(ctx, []byte(data))
+	if err != nil {
+		tc.t.Fatal(err)
+	}
+	return index
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	return l.Addr().String()
+}
+
+func testLogger(t *testing.T, node int) *slog.Logger {
+	level := slog.LevelError + 4
+	if os.Getenv("QUORATE_TEST_LOG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})).With("node", node)
+}
+
+// requireNoGoroutines waits until nothing of ours or of Raft's runs.
+func requireNoGoroutines(t *testing.T) {
+	t.Helper()
+	var left []string
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		left = left[:0]
+		buf := make([]byte, 1<<20)
+		for _, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+			ours := strings.Contains(stack, "quorate/consensus.") || strings.Contains(stack, "hashicorp/")
+			if ours && !strings.Contains(stack, "requireNoGoroutines") && !strings.Contains(stack, "testing.(*T).Run(") {
+				left = append(left, stack)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		runtime.Gosched()
+		time.Sleep(5 * time.Millisecond) // nothing announces the end of a goroutine
+	}
+	t.Errorf("%d goroutines are left:\n%s", len(left), strings.Join(left, "\n\n"))
+}

@@ -1,0 +1,470 @@
+package consensus
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/quorate/quorate/txn"
+)
+
+func TestEveryMachineSeesOneOrder(t *testing.T) {
+	for _, store := range []string{LogStoreWAL, LogStoreBoltDB} {
+		t.Run(store, func(t *testing.T) {
+			tc := newCluster(t, 3, func(c *Config) { c.LogStore = store })
+			tc.leader()
+			const each, proposers = 40, 4
+			var mu sync.Mutex
+			acknowledged := map[txn.LogIndex]string{}
+			var group sync.WaitGroup
+			for i := range tc.nodes {
+				for p := range proposers {
+					group.Go(func() {
+						for k := range each {
+							data := fmt.Sprintf("%d/%d/%d", i, p, k)
+							ctx, cancel := context.WithTimeout(context.Background(), patience)
+							index, err := tc.nodes[i].c.Propose(ctx, []byte(data))
+							cancel()
+							if err != nil {
+								t.Errorf("propose: %v", err)
+								return
+							}
+							mu.Lock()
+							acknowledged[index] = data
+							mu.Unlock()
+						}
+					})
+				}
+			}
+			group.Wait()
+			want := tc.nodes[0].machine.awaitCount(t, 3*each*proposers)
+			if len(want) != len(acknowledged) {
+				t.Fatalf("%d entries applied, %d acknowledged", len(want), len(acknowledged))
+			}
+			for _, e := range want {
+				if acknowledged[e.Index] != string(e.Data) {
+					t.Fatalf("entry %d is %q, but %q was acknowledged there", e.Index, e.Data, acknowledged[e.Index])
+				}
+			}
+			for i, n := range tc.nodes {
+				got := n.machine.awaitCount(t, len(want))
+				if !slices.EqualFunc(got, want, sameEntry) {
+					t.Errorf("node %d applied another order", i+1)
+				}
+				last := want[len(want)-1]
+				if data, err := n.c.Entry(last.Index); err != nil || !bytes.Equal(data, last.Data) {
+					t.Errorf("node %d: Entry(%d) = %q, %v", i+1, last.Index, data, err)
+				}
+				if s := n.c.Status(); s.CommitIndex < last.Index || s.LastIndex < last.Index || len(s.Members) != 3 || s.Leader == 0 {
+					t.Errorf("node %d: status %+v", i+1, s)
+				}
+			}
+		})
+	}
+}
+
+func sameEntry(a, b Entry) bool {
+	return a.Index == b.Index && a.Term == b.Term && bytes.Equal(a.Data, b.Data)
+}
+
+// With a commit timeout that the test does not live to see, a lone entry reaches the followers by notice or not at all.
+func TestFollowersHearOfALoneCommitByNotice(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.CommitTimeout = time.Minute })
+	leader := tc.leader()
+	for round := range 5 {
+		for from := range tc.nodes {
+			index := tc.propose(from, fmt.Sprintf("round %d from %d", round, from))
+			for _, n := range tc.nodes {
+				n.machine.awaitIndex(t, index)
+			}
+		}
+	}
+	for i, n := range tc.nodes {
+		if injected := testutil.ToFloat64(n.c.metrics.notices); i != leader && injected == 0 {
+			t.Errorf("node %d injected no notice", i+1)
+		}
+	}
+}
+
+// A new leader commits what its predecessor left, and followers apply it, without anything new being proposed.
+func TestLeaderLost(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.CommitTimeout = time.Minute })
+	old := tc.leader()
+	first := tc.propose((old+1)%3, "before")
+	tc.stop(old)
+	next := tc.leader()
+	if next == old {
+		t.Fatal("the closed node leads")
+	}
+	second := tc.propose(next, "on the new leader")
+	third := tc.propose(3-old-next, "on the follower")
+	if first >= second || second >= third {
+		t.Fatalf("indexes %d, %d, %d do not ascend", first, second, third)
+	}
+	tc.start(old)
+	for i, n := range tc.nodes {
+		entries := n.machine.awaitIndex(t, third)
+		if len(entries) != 3 || string(entries[0].Data) != "before" || string(entries[2].Data) != "on the follower" {
+			t.Errorf("node %d applied %d entries", i+1, len(entries))
+		}
+	}
+}
+
+func TestRestartReplays(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs = 5 })
+	var last txn.LogIndex
+	tc.leader()
+	for k := range 20 {
+		last = tc.propose(k%3, fmt.Sprint(k))
+	}
+	for _, n := range tc.nodes {
+		n.machine.awaitIndex(t, last)
+	}
+	// One node with a snapshot, the others without.
+	if err := tc.nodes[0].c.raft.Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tc.nodes[0].c.Entry(1); err == nil {
+		t.Error("the log was not truncated behind the snapshot")
+	}
+	tc.stopAll()
+	for i := range tc.nodes {
+		tc.start(i)
+	}
+	for i, n := range tc.nodes {
+		entries := n.machine.awaitCount(t, 20)
+		for k, e := range entries {
+			if string(e.Data) != fmt.Sprint(k) {
+				t.Fatalf("node %d: entry %d is %q", i+1, k, e.Data)
+			}
+		}
+	}
+	if restored := tc.nodes[0].machine.restored; restored != 20 {
+		t.Errorf("node 1 restored %d entries from its snapshot", restored)
+	}
+	if got := tc.nodes[0].c.Status().AppliedIndex; got != last {
+		t.Errorf("node 1 has applied %d after restoring %d", got, last)
+	}
+	tc.leader()
+	tc.propose(0, "after")
+	for _, n := range tc.nodes {
+		n.machine.awaitCount(t, 21)
+	}
+}
+
+func TestNoMajority(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	tc.propose(leader, "with a majority")
+	tc.stop((leader + 1) % 3)
+	tc.stop((leader + 2) % 3)
+	if l := tc.nodes[leader].c; l == nil {
+		t.Fatal("unreachable")
+	}
+	// Closing followers hands nothing over, so the leader still leads for the length of its lease.
+	sawRefusal := false
+	for deadline := time.Now().Add(patience); !sawRefusal && time.Now().Before(deadline); {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		began := time.Now()
+		_, err := tc.nodes[leader].c.Propose(ctx, []byte("without"))
+		cancel()
+		switch {
+		case err == nil:
+			t.Fatal("committed without a majority")
+		case errors.Is(err, txn.ErrNoQuorum):
+			sawRefusal = true
+		case !errors.Is(err, txn.ErrOutcomeUnknown):
+			t.Fatalf("propose: %v", err)
+		}
+		if took := time.Since(began); took > 4*time.Second {
+			t.Fatalf("propose took %v", took)
+		}
+	}
+	if !sawRefusal {
+		t.Error("the leader never stepped down")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if _, err := tc.nodes[leader].c.ReadIndex(ctx); !errors.Is(err, txn.ErrNoQuorum) {
+		t.Errorf("read index: %v", err)
+	}
+	tc.start((leader + 1) % 3)
+	after := tc.leader()
+	tc.propose(after, "again")
+}
+
+// A context that ends bounds every call, also on a follower whose leader has stopped answering.
+func TestContextBoundsPropose(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLease = patience, patience, patience/2 })
+	leader := tc.leader()
+	tc.propose((leader+1)%3, "works")
+	tc.nodes[leader].server.Stop() // Raft goes on, links do not
+	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	_, err := tc.nodes[(leader+1)%3].c.Propose(ctx, []byte("nobody listens"))
+	if !errors.Is(err, txn.ErrNoQuorum) && !errors.Is(err, txn.ErrOutcomeUnknown) {
+		t.Errorf("propose: %v", err)
+	}
+}
+
+func TestReadIndexCoversAcknowledged(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var group sync.WaitGroup
+	for i := range tc.nodes {
+		group.Go(func() {
+			for k := range 20 {
+				index, err := tc.nodes[i].c.Propose(ctx, []byte(fmt.Sprint(i, k)))
+				if err != nil {
+					t.Errorf("propose: %v", err)
+					return
+				}
+				read, err := tc.nodes[(i+1)%3].c.ReadIndex(ctx)
+				if err != nil || read < index {
+					t.Errorf("read index %d after acknowledged %d: %v", read, index, err)
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+	// Also the first thing a new leader is asked.
+	before := tc.propose(leader, "last of the old leader")
+	tc.stop(leader)
+	next := tc.leader()
+	for i, n := range tc.nodes {
+		if n.c == nil {
+			continue
+		}
+		read, err := n.c.ReadIndex(ctx)
+		if err != nil || read < before {
+			t.Errorf("node %d: read index %d under leader %d, acknowledged %d: %v", i+1, read, next+1, before, err)
+		}
+		n.machine.awaitIndex(t, read)
+	}
+}
+
+func TestLargeEntries(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	from := tc.follower()
+	var group sync.WaitGroup
+	for k, size := range []int{MaxData, 1<<20 + 1, MaxData, 3 << 20, 1, MaxData, MaxData, 2 << 20} {
+		group.Go(func() { tc.propose(from, string(bytes.Repeat([]byte{byte('a' + k)}, size))) })
+	}
+	group.Wait()
+	want := tc.nodes[from].machine.awaitCount(t, 8)
+	for _, n := range tc.nodes {
+		if got := n.machine.awaitCount(t, 8); !slices.EqualFunc(got, want, sameEntry) {
+			t.Error("nodes differ")
+		}
+		for _, e := range want {
+			if data, err := n.c.Entry(e.Index); err != nil || !bytes.Equal(data, e.Data) {
+				t.Errorf("Entry(%d) is not what was proposed: %v", e.Index, err)
+			}
+		}
+	}
+	for _, size := range []int{0, MaxData + 1} {
+		if _, err := tc.nodes[from].c.Propose(context.Background(), make([]byte, size)); !errors.Is(err, ErrSize) {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
+}
+
+// A machine that hangs holds up nobody else, and gets everything afterwards, much of it from the log.
+func TestSlowMachineStopsNobody(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	slow := tc.nodes[(leader+1)%3]
+	for _, at := range []int{leader, (leader + 1) % 3} {
+		tc.nodes[at].machine.hold = make(chan struct{})
+	}
+	const n = 2*feedBytes/MaxData + 3
+	var last txn.LogIndex
+	for k := range n {
+		last = tc.propose((leader+2)%3, string(bytes.Repeat([]byte{byte(k)}, MaxData)))
+	}
+	want := tc.nodes[(leader+2)%3].machine.awaitIndex(t, last)
+	if applied := slow.c.Status().AppliedIndex; applied != 0 {
+		t.Errorf("applied %d while Apply hangs", applied)
+	}
+	if err := tc.nodes[leader].c.raft.Snapshot().Error(); err == nil {
+		t.Error("a snapshot was taken of a machine that is behind")
+	}
+	for _, at := range []int{leader, (leader + 1) % 3} {
+		close(tc.nodes[at].machine.hold)
+		if got := tc.nodes[at].machine.awaitIndex(t, last); !slices.EqualFunc(got, want, sameEntry) {
+			t.Error("the slow machine got something else")
+		}
+	}
+}
+
+// A member whose log ends before the leader's begins must not have a snapshot put over it.
+func TestMemberTooFarBehindStops(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs = 1 })
+	leader := tc.leader()
+	away := (leader + 1) % 3
+	tc.propose(leader, "all have this")
+	tc.stop(away)
+	for k := range 10 {
+		tc.propose(leader, fmt.Sprint(k))
+	}
+	for i, n := range tc.nodes {
+		if i != away {
+			n.machine.awaitCount(t, 11)
+			if err := n.c.raft.Snapshot().Error(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tc.start(away)
+	select {
+	case <-tc.nodes[away].c.Failed():
+	case <-time.After(patience):
+		t.Fatal("the member did not notice")
+	}
+	if err := tc.nodes[away].c.Err(); !errors.Is(err, ErrBehind) {
+		t.Errorf("failed with %v", err)
+	}
+	if _, err := tc.nodes[away].c.Propose(context.Background(), []byte("x")); !errors.Is(err, txn.ErrNoQuorum) {
+		t.Errorf("propose on a failed node: %v", err)
+	}
+}
+
+// What issue 695 of hashicorp/raft would leave behind, another entry at the same index and term, is found.
+func TestDivergentLogIsFound(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.LogStore = LogStoreBoltDB })
+	leader := tc.leader()
+	victim := (leader + 1) % 3
+	index := tc.propose(leader, "the truth")
+	last := tc.propose(leader, "more")
+	tc.nodes[victim].machine.awaitIndex(t, last)
+	tc.stop(victim)
+	if got := tc.leader(); got != leader {
+		t.Fatalf("node %d took over", got+1)
+	}
+	bolt, err := openBolt(filepath.Join(tc.nodes[victim].config.Dir, boltLogName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var l raft.Log
+	if err := bolt.GetLog(uint64(index), &l); err != nil {
+		t.Fatal(err)
+	}
+	l.Data = []byte("a forgery")
+	if err := errors.Join(bolt.StoreLog(&l), bolt.Close()); err != nil {
+		t.Fatal(err)
+	}
+	tc.start(victim)
+	if err := tc.nodes[leader].c.raft.Barrier(0).Error(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-tc.nodes[victim].c.Failed():
+	case <-time.After(patience):
+		t.Fatal("the divergence was not found")
+	}
+	if err := tc.nodes[victim].c.Err(); !errors.Is(err, txn.ErrDiverged) {
+		t.Errorf("failed with %v", err)
+	}
+}
+
+// Verification finds nothing where there is nothing to find: leaders change, and each begins a new range.
+func TestVerificationHoldsAcrossLeaders(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.VerifyInterval = 50 * time.Millisecond })
+	for k := range 3 {
+		leader := tc.leader()
+		for range 10 {
+			tc.propose(k, "x")
+		}
+		equal := func(n *testNode) float64 {
+			return testutil.ToFloat64(n.c.metrics.verifications.WithLabelValues("equal"))
+		}
+		for deadline := time.Now().Add(patience); ; {
+			done := true
+			for _, n := range tc.nodes {
+				done = done && equal(n) > 0
+			}
+			if done {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("no verification took place")
+			}
+			tc.propose(k, "y") // each lets a range grow
+			time.Sleep(10 * time.Millisecond)
+		}
+		tc.stop(leader)
+		tc.leader()
+		tc.start(leader)
+	}
+	for i, n := range tc.nodes {
+		if err := n.c.Err(); err != nil {
+			t.Errorf("node %d: %v", i+1, err)
+		}
+	}
+}
+
+func TestOpenRefusesBadConfig(t *testing.T) {
+	good := func() Config {
+		return Config{Node: 1, Dir: t.TempDir(), RaftAddress: "127.0.0.1:0", Bootstrap: []Member{
+			{Node: 1, RaftAddress: "127.0.0.1:7001", GRPCAddress: "127.0.0.1:7002"},
+		}}
+	}
+	for name, spoil := range map[string]func(*Config){
+		"no node":           func(c *Config) { c.Node = 0 },
+		"no directory":      func(c *Config) { c.Dir = "" },
+		"unknown store":     func(c *Config) { c.LogStore = "paper" },
+		"bad address":       func(c *Config) { c.RaftAddress = "nowhere" },
+		"not a member":      func(c *Config) { c.Node = 2 },
+		"bad member":        func(c *Config) { c.Bootstrap[0].GRPCAddress = "x" },
+		"member twice":      func(c *Config) { c.Bootstrap = append(c.Bootstrap, c.Bootstrap[0]) },
+		"lease too long":    func(c *Config) { c.LeaderLease = time.Hour },
+		"negative deadline": func(c *Config) { c.WriteDeadline = -1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := good()
+			spoil(&cfg)
+			if c, err := Open(cfg, newRecorder()); err == nil {
+				t.Error(errors.Join(errors.New("opened"), c.Close()))
+			}
+			requireNoGoroutines(t)
+		})
+	}
+	t.Run("other log store", func(t *testing.T) {
+		cfg := good()
+		c, err := Open(cfg, newRecorder())
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg2 := cfg
+		if _, err := Open(cfg2, newRecorder()); err == nil {
+			t.Error("a second process may use the directory")
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		cfg2.LogStore = LogStoreBoltDB
+		if c, err := Open(cfg2, newRecorder()); err == nil {
+			t.Error(errors.Join(errors.New("opened with the other kind of store"), c.Close()))
+		}
+		requireNoGoroutines(t)
+	})
+}
+
+func TestCloseNil(t *testing.T) {
+	var c *Consensus
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+}

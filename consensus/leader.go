@@ -1,0 +1,211 @@
+package consensus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+)
+
+// Leadership is who leads.
+type Leadership struct {
+	Leader txn.NodeID // 0: not known
+	Term   uint64     // the term in which this was seen
+}
+
+// reign is one value of Leadership and how long it lasted.
+type reign struct {
+	Leadership
+	ctx context.Context // ends with it
+	end context.CancelFunc
+	// primed is closed once this node, leading, has had a barrier of its term committed, and with it everything that
+	// earlier leaders acknowledged.
+	primed chan struct{}
+}
+
+// leadership follows Raft's observations.
+type leadership struct {
+	mu  sync.Mutex
+	now *reign
+}
+
+func newLeadership() *leadership {
+	l := &leadership{}
+	l.now = newReign(Leadership{})
+	return l
+}
+
+func newReign(of Leadership) *reign {
+	r := &reign{Leadership: of, primed: make(chan struct{})}
+	r.ctx, r.end = context.WithCancel(context.Background())
+	return r
+}
+
+func (l *leadership) current() *reign {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.now
+}
+
+// set begins a new reign if who leads has changed, and returns it, otherwise nil.
+func (l *leadership) set(to Leadership) *reign {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.now.Leadership == to {
+		return nil
+	}
+	l.now.end()
+	l.now = newReign(to)
+	return l.now
+}
+
+// Leadership returns who leads, and a channel that is closed when that is no longer so.
+func (c *Consensus) Leadership() (Leadership, <-chan struct{}) {
+	r := c.leading.current()
+	return r.Leadership, r.ctx.Done()
+}
+
+// WaitLeader waits until a leader is known. The error wraps txn.ErrNoQuorum, and txn.ErrClosed after Close.
+func (c *Consensus) WaitLeader(ctx context.Context) (txn.NodeID, error) {
+	for {
+		l, changed := c.Leadership()
+		if l.Leader != 0 {
+			return l.Leader, nil
+		}
+		select {
+		case <-changed:
+		case <-c.closing.Done():
+			return 0, fmt.Errorf("wait for a leader: %w: %w", txn.ErrNoQuorum, txn.ErrClosed)
+		case <-ctx.Done():
+			return 0, fmt.Errorf("wait for a leader: %w: %w", txn.ErrNoQuorum, ctx.Err())
+		}
+	}
+}
+
+// observe turns Raft's observations into reigns until Raft has stopped.
+func (c *Consensus) observe(events <-chan raft.Observation) {
+	c.readLeadership()
+	for {
+		select {
+		case event := <-events:
+			if event.Data == raft.Candidate {
+				c.metrics.elections.Inc()
+			}
+			// Events only say when to look: what they carry may be old already.
+			c.readLeadership()
+		case <-c.stopped:
+			c.leading.set(Leadership{})
+			return
+		}
+	}
+}
+
+func (c *Consensus) readLeadership() {
+	_, id := c.raft.LeaderWithID()
+	to := Leadership{Leader: nodeID(id), Term: c.raft.CurrentTerm()}
+	if to.Leader == c.config.Node && c.raft.State() != raft.Leader {
+		to.Leader = 0 // stepping down
+	}
+	r := c.leading.set(to)
+	if r == nil {
+		return
+	}
+	c.logger.Info("leadership changed", "leader", to.Leader, logkey.Term, to.Term)
+	if to.Leader == c.config.Node {
+		c.prime(r)
+	}
+}
+
+// prime has a barrier committed at the beginning of a reign of this node. With it, all that earlier leaders
+// acknowledged is committed and handed to the machine, so that read barriers may be given; and followers, by the
+// notice, apply it without waiting for Raft's next message.
+func (c *Consensus) prime(r *reign) {
+	if !c.calls.enter() {
+		return
+	}
+	go func() {
+		defer c.calls.leave()
+		if err := c.raft.Barrier(0).Error(); err != nil {
+			c.logger.Info("barrier of new leader failed", logkey.Term, r.Term, logkey.Error, err)
+			return
+		}
+		index := c.raft.CommitIndex()
+		if c.leads(r) { // then index is of this term, because the barrier is
+			c.notices.publish(r.Term, txn.LogIndex(index))
+			close(r.primed)
+		}
+	}()
+}
+
+// leads reports whether this node has led without interruption since r began.
+func (c *Consensus) leads(r *reign) bool {
+	return r.Leader == c.config.Node && c.raft.State() == raft.Leader && c.raft.CurrentTerm() == r.Term
+}
+
+// classify wraps what Raft says about a proposal into what is known about it.
+func classify(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress),
+		errors.Is(err, raft.ErrEnqueueTimeout), errors.Is(err, raft.ErrAbortedByRestore):
+		return fmt.Errorf("%w: %w", txn.ErrNoQuorum, err)
+	}
+	return fmt.Errorf("%w: %w", txn.ErrOutcomeUnknown, err)
+}
+
+// noticeBoard shows the newest commit notice to every link that this node serves.
+type noticeBoard struct {
+	mu     sync.Mutex
+	newest noticed
+	links  map[chan struct{}]bool // each of capacity 1
+}
+
+type noticed struct {
+	term  uint64
+	index txn.LogIndex
+}
+
+func newNoticeBoard() *noticeBoard { return &noticeBoard{links: make(map[chan struct{}]bool)} }
+
+func (b *noticeBoard) publish(term uint64, index txn.LogIndex) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if term < b.newest.term || term == b.newest.term && index <= b.newest.index {
+		return
+	}
+	b.newest = noticed{term, index}
+	for wake := range b.links {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (b *noticeBoard) read() noticed {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.newest
+}
+
+// subscribe returns a channel that has something in it after each publish. A link that comes late has one at once.
+func (b *noticeBoard) subscribe() chan struct{} {
+	wake := make(chan struct{}, 1)
+	wake <- struct{}{}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.links[wake] = true
+	return wake
+}
+
+func (b *noticeBoard) unsubscribe(wake chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.links, wake)
+}

@@ -1,0 +1,101 @@
+package consensus
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/txn"
+)
+
+type metrics struct {
+	proposeSeconds prometheus.Histogram
+	failures       *prometheus.CounterVec
+	elections      prometheus.Counter
+	notices        prometheus.Counter
+	verifications  *prometheus.CounterVec
+
+	all      []prometheus.Collector
+	registry prometheus.Registerer
+}
+
+const (
+	namespace = "quorate"
+	subsystem = "consensus"
+)
+
+// newMetrics makes the metrics. status is called from register until unregister.
+func newMetrics(status func() Status) *metrics {
+	counter := func(name, help string) prometheus.CounterOpts {
+		return prometheus.CounterOpts{Namespace: namespace, Subsystem: subsystem, Name: name, Help: help}
+	}
+	gauge := func(name, help string, of func(Status) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(
+			prometheus.GaugeOpts{Namespace: namespace, Subsystem: subsystem, Name: name, Help: help},
+			func() float64 { return of(status()) })
+	}
+	m := &metrics{
+		proposeSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: namespace, Subsystem: subsystem, Name: "propose_seconds",
+			Help:    "Time from proposing an entry on this node until it was known to be committed.",
+			Buckets: prometheus.ExponentialBuckets(0.00025, 2, 16),
+		}),
+		failures: prometheus.NewCounterVec(
+			counter("proposals_failed_total", "Proposals of this node that failed, by what is known of them."), []string{"outcome"}),
+		elections: prometheus.NewCounter(
+			counter("elections_total", "Elections that this node has stood for.")),
+		notices: prometheus.NewCounter(
+			counter("notices_injected_total", "Commit notices that told this node's Raft of a commit before the leader's next message.")),
+		verifications: prometheus.NewCounterVec(
+			counter("log_verifications_total", "Comparisons of a range of this node's log with the leader's checksum."), []string{"result"}),
+	}
+	m.all = []prometheus.Collector{
+		m.proposeSeconds, m.failures, m.elections, m.notices, m.verifications,
+		gauge("leader_node", "The node that this node believes to lead; 0: none.", func(s Status) float64 { return float64(s.Leader) }),
+		gauge("term", "Raft's current term.", func(s Status) float64 { return float64(s.Term) }),
+		gauge("last_index", "Index of the last entry in this node's log.", func(s Status) float64 { return float64(s.LastIndex) }),
+		gauge("commit_index", "Index of the last entry known to be committed.", func(s Status) float64 { return float64(s.CommitIndex) }),
+		gauge("applied_index", "Index of the last entry that this node's state machine has taken.", func(s Status) float64 { return float64(s.AppliedIndex) }),
+	}
+	for _, outcome := range []string{outcomeRefused, outcomeUnknown} {
+		m.failures.WithLabelValues(outcome)
+	}
+	return m
+}
+
+func (m *metrics) register(with prometheus.Registerer) error {
+	if with == nil {
+		return nil
+	}
+	m.registry = with
+	for i, collector := range m.all {
+		if err := with.Register(collector); err != nil {
+			m.all = m.all[:i] // what unregister is to take back
+			return fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+const (
+	outcomeRefused = "refused"
+	outcomeUnknown = "unknown"
+)
+
+func (m *metrics) proposalFailed(err error) {
+	outcome := outcomeRefused
+	if errors.Is(err, txn.ErrOutcomeUnknown) {
+		outcome = outcomeUnknown
+	}
+	m.failures.WithLabelValues(outcome).Inc()
+}
+
+func (m *metrics) unregister() {
+	if m.registry == nil {
+		return
+	}
+	for _, collector := range m.all {
+		m.registry.Unregister(collector)
+	}
+}

@@ -1,0 +1,82 @@
+package consensus
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/quorate/quorate/txn"
+)
+
+// ReadIndex is a read barrier. It returns an index such that a node whose machine has applied it (Status.AppliedIndex)
+// has seen everything that was committed when the call began. It may be asked on any node. The error wraps
+// txn.ErrNoQuorum, or txn.ErrOutcomeUnknown if ctx ends or the leader is lost while the question is under way; either
+// way it may simply be asked again.
+func (c *Consensus) ReadIndex(ctx context.Context) (txn.LogIndex, error) {
+	index, err := c.queue.do(ctx, newRequest(nil))
+	if err != nil {
+		return 0, fmt.Errorf("read index: %w", err)
+	}
+	return index, nil
+}
+
+// readRounds gives read barriers on the leader. One round, which costs a heartbeat to a majority, serves all that
+// asked before it began; those who ask during one share the next.
+type readRounds struct {
+	mu      sync.Mutex
+	next    []func(txn.LogIndex, error)
+	running bool
+}
+
+// readBarrier calls answer, on another goroutine, once the barrier stands or has failed.
+func (c *Consensus) readBarrier(answer func(txn.LogIndex, error)) {
+	c.reads.mu.Lock()
+	defer c.reads.mu.Unlock()
+	c.reads.next = append(c.reads.next, answer)
+	if !c.reads.running {
+		c.reads.running = true
+		c.futures.Go(c.runReadRounds)
+	}
+}
+
+func (c *Consensus) runReadRounds() {
+	for {
+		c.reads.mu.Lock()
+		askers := c.reads.next
+		c.reads.next = nil
+		c.reads.running = len(askers) > 0
+		c.reads.mu.Unlock()
+		if len(askers) == 0 {
+			return
+		}
+		index, err := c.readRound()
+		for _, answer := range askers {
+			answer(index, err)
+		}
+	}
+}
+
+func (c *Consensus) readRound() (txn.LogIndex, error) {
+	r := c.leading.current()
+	if r.Leader != c.config.Node {
+		return 0, fmt.Errorf("%w: not the leader", txn.ErrNoQuorum)
+	}
+	select {
+	case <-r.primed:
+	case <-r.ctx.Done():
+		return 0, fmt.Errorf("%w: leadership lost", txn.ErrNoQuorum)
+	case <-c.closing.Done():
+		return 0, fmt.Errorf("%w: %w", txn.ErrNoQuorum, txn.ErrClosed)
+	}
+	// Whatever was acknowledged in this term was handed to the machine before that, and whatever earlier, before the
+	// barrier that primed the reign.
+	index := txn.LogIndex(c.feed.handed.Load())
+	if err := c.raft.VerifyLeader().Error(); err != nil {
+		return 0, fmt.Errorf("%w: verify leadership: %w", txn.ErrNoQuorum, err)
+	}
+	// VerifyLeader speaks of the term it ran in. Had another led in between, index would say nothing about its entries.
+	if !c.leads(r) {
+		return 0, fmt.Errorf("%w: leadership lost", txn.ErrNoQuorum)
+	}
+	return index, nil
+}

@@ -1,0 +1,128 @@
+package consensus
+
+import (
+	"errors"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pb "github.com/quorate/quorate/proto/quorate/consensus/v1"
+	"github.com/quorate/quorate/txn"
+)
+
+// Register adds the service by which followers reach this node when it leads. The server must be the one at this
+// node's GRPCAddress. Register once, before the server serves; Close ends the calls in progress.
+func (c *Consensus) Register(on grpc.ServiceRegistrar) {
+	pb.RegisterConsensusServer(on, &service{c: c})
+}
+
+type service struct {
+	pb.UnimplementedConsensusServer
+	c *Consensus
+}
+
+// Link implements the service. Three goroutines serve a follower: this one sends, one receives and proposes, one waits
+// for Raft's futures. They end when the follower hangs up or this node closes.
+func (s *service) Link(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader]) error {
+	c := s.c
+	if !c.calls.enter() {
+		return status.Error(codes.Unavailable, "node is shutting down")
+	}
+	defer c.calls.leave()
+
+	answers := &answerBox{ready: make(chan struct{}, 1)}
+	received := make(chan error, 1)
+	c.futures.Go(func() { received <- c.serveRequests(stream, answers) })
+
+	notices := c.notices.subscribe()
+	defer c.notices.unsubscribe(notices)
+	var told noticed
+	for {
+		select {
+		case <-answers.ready:
+		case <-notices:
+		case <-received: // the follower hung up
+			return nil
+		case <-c.closing.Done():
+			return status.Error(codes.Unavailable, "node is shutting down")
+		}
+		m := &pb.FromLeader{Answers: answers.take()}
+		if n := c.notices.read(); n != told {
+			told = n
+			m.Notice = &pb.Notice{Term: n.term, Index: uint64(n.index)}
+		}
+		if m.Answers == nil && m.Notice == nil {
+			continue
+		}
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+	}
+}
+
+// serveRequests proposes what the follower sends until it stops.
+func (c *Consensus) serveRequests(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader], answers *answerBox) error {
+	proposed := newProposals(&c.futures)
+	defer close(proposed.pending)
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		for _, r := range m.GetRequests() {
+			id := r.GetId()
+			answer := func(index txn.LogIndex, err error) { answers.add(id, index, err) }
+			switch body := r.GetBody().(type) {
+			case *pb.Request_Read:
+				c.readBarrier(answer)
+			case *pb.Request_Propose:
+				if len(body.Propose) == 0 || len(body.Propose) > MaxData {
+					answer(0, errSize)
+					continue
+				}
+				proposed.propose(c.raft, body.Propose, answer)
+			default:
+				answer(0, errRequest)
+			}
+		}
+	}
+}
+
+var errRequest = errors.New("request of a kind not known here")
+
+// answerBox gathers answers while the previous message is being sent.
+type answerBox struct {
+	ready chan struct{} // capacity 1
+
+	mu      sync.Mutex
+	waiting []*pb.Answer
+}
+
+func (b *answerBox) add(id uint64, index txn.LogIndex, err error) {
+	a := &pb.Answer{Id: id, Outcome: pb.Outcome_OUTCOME_DONE, Index: uint64(index)}
+	if err != nil {
+		a.Outcome = pb.Outcome_OUTCOME_REFUSED
+		if errors.Is(err, txn.ErrOutcomeUnknown) {
+			a.Outcome = pb.Outcome_OUTCOME_UNKNOWN
+		}
+		a.Detail = err.Error()
+	}
+	b.mu.Lock()
+	b.waiting = append(b.waiting, a)
+	b.mu.Unlock()
+	select {
+	case b.ready <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what has gathered, nil if nothing.
+func (b *answerBox) take() []*pb.Answer {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	taken := b.waiting
+	b.waiting = nil
+	return taken
+}
