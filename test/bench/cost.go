@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -18,7 +19,8 @@ import (
 // counters are what one server, and its sidecar if it has one, have used since they started.
 type counters struct {
 	flushes        float64 // of WAL, by PostgreSQL
-	sidecarFlushes float64 // by the sidecar, where it counts them
+	sidecarFlushes float64 // of the Raft log
+	entries        float64 // of the Raft log
 	wal            float64 // bytes
 	postgres       time.Duration
 	sidecar        time.Duration
@@ -26,7 +28,8 @@ type counters struct {
 
 func (c counters) minus(o counters) counters {
 	return counters{
-		c.flushes - o.flushes, c.sidecarFlushes - o.sidecarFlushes, c.wal - o.wal, c.postgres - o.postgres, c.sidecar - o.sidecar,
+		c.flushes - o.flushes, c.sidecarFlushes - o.sidecarFlushes, c.entries - o.entries,
+		c.wal - o.wal, c.postgres - o.postgres, c.sidecar - o.sidecar,
 	}
 }
 
@@ -55,6 +58,7 @@ func readServer(ctx context.Context, address string, postmaster int) (c counters
 	if err := conn.QueryRow(ctx, "SELECT (pg_current_wal_insert_lsn() - '0/0')::float8").Scan(&c.wal); err != nil {
 		return c, fmt.Errorf("read counters: %w", err)
 	}
+	c.sidecarFlushes, c.entries = math.NaN(), math.NaN() // a stock server has no sidecar
 	tree, err := cluster.Tree(postmaster)
 	if err != nil {
 		return c, err
@@ -95,7 +99,7 @@ func (r *rig) read(ctx context.Context, stock bool) ([]counters, error) {
 			return nil, err
 		}
 		c.sidecar = process.CPU
-		if c.sidecarFlushes, err = readFlushes(ctx, r.cluster.HTTP(i)); err != nil {
+		if err := c.readSidecar(ctx, r.cluster.HTTP(i)); err != nil {
 			return nil, err
 		}
 		all = append(all, c)
@@ -103,34 +107,37 @@ func (r *rig) read(ctx context.Context, stock bool) ([]counters, error) {
 	return all, nil
 }
 
-// flushMetric is the sidecar's own count of disk flushes.
-const flushMetric = "quorate_log_flushes_total"
+// The sidecar's own counters, at its metrics address. One that a version does not export is NaN, shown as a dash.
+const (
+	flushMetric   = "quorate_consensus_log_flushes_total"
+	entriesMetric = "quorate_consensus_last_index"
+)
 
-// readFlushes sums the sidecar's counters of disk flushes; 0 if it has none.
-func readFlushes(ctx context.Context, address string) (sum float64, err error) {
+// readSidecar reads the sidecar's own counters into c.
+func (c *counters) readSidecar(ctx context.Context, address string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
 	if err != nil {
-		return 0, fmt.Errorf("read metrics: %w", err)
+		return fmt.Errorf("read metrics: %w", err)
 	}
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
-		return 0, fmt.Errorf("read metrics: %w", err)
+		return fmt.Errorf("read metrics: %w", err)
 	}
 	defer response.Body.Close()
+	values := map[string]float64{flushMetric: math.NaN(), entriesMetric: math.NaN()}
 	lines := bufio.NewScanner(response.Body)
 	for lines.Scan() {
-		rest, ok := strings.CutPrefix(lines.Text(), flushMetric)
-		if !ok {
+		name, text, ok := strings.Cut(lines.Text(), " ")
+		if !ok || name != flushMetric && name != entriesMetric {
 			continue
 		}
-		value, err := strconv.ParseFloat(rest[strings.LastIndexByte(rest, ' ')+1:], 64)
-		if err != nil {
-			return 0, fmt.Errorf("read metrics: %q: %w", lines.Text(), err)
+		if values[name], err = strconv.ParseFloat(text, 64); err != nil {
+			return fmt.Errorf("read metrics: %q: %w", lines.Text(), err)
 		}
-		sum += value
 	}
 	if err := lines.Err(); err != nil {
-		return 0, fmt.Errorf("read metrics: %w", err)
+		return fmt.Errorf("read metrics: %w", err)
 	}
-	return sum, nil
+	c.sidecarFlushes, c.entries = values[flushMetric], values[entriesMetric]
+	return nil
 }

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -87,15 +89,20 @@ func (r *rig) measureWrites(ctx context.Context, p plan, where place, scripts []
 					if !side.stock {
 						name = fmt.Sprintf("%s, node %d", side.name, server+1)
 					}
-					each := func(value func(counters) float64) float64 {
-						return median(samples[s], func(m sample) float64 { return value(m.costs[server]) / m.transactions })
+					each := func(decimals int, value func(counters) float64) string {
+						v := median(samples[s], func(m sample) float64 { return value(m.costs[server]) / m.transactions })
+						if math.IsNaN(v) {
+							return "–"
+						}
+						return strconv.FormatFloat(v, 'f', decimals, 64)
 					}
-					fmt.Fprintf(&costs, "| %s | %d | %s | %.2f | %.2f | %.0f | %.0f | %.0f |\n", script, clients, name,
-						each(func(c counters) float64 { return c.flushes }),
-						each(func(c counters) float64 { return c.sidecarFlushes }),
-						each(func(c counters) float64 { return c.wal }),
-						each(func(c counters) float64 { return float64(c.postgres.Microseconds()) }),
-						each(func(c counters) float64 { return float64(c.sidecar.Microseconds()) }))
+					fmt.Fprintf(&costs, "| %s | %d | %s | %s | %s | %s | %s | %s | %s |\n", script, clients, name,
+						each(2, func(c counters) float64 { return c.flushes }),
+						each(2, func(c counters) float64 { return c.sidecarFlushes }),
+						each(2, func(c counters) float64 { return c.entries }),
+						each(0, func(c counters) float64 { return c.wal }),
+						each(0, func(c counters) float64 { return float64(c.postgres.Microseconds()) }),
+						each(0, func(c counters) float64 { return float64(c.sidecar.Microseconds()) }))
 				}
 			}
 		}
@@ -109,8 +116,8 @@ Transactions per second and their ratio to stock; "behind" is how long after the
 %s
 For each committed transaction, on each server:
 
-| script | clients | server | flushes, PostgreSQL | flushes, sidecar | WAL bytes | CPU µs, PostgreSQL | CPU µs, sidecar |
-|---|---:|---|---:|---:|---:|---:|---:|
+| script | clients | server | flushes, PostgreSQL | flushes, sidecar | log entries | WAL bytes | CPU µs, PostgreSQL | CPU µs, sidecar |
+|---|---:|---|---:|---:|---:|---:|---:|---:|
 %s
 `, where.name, speed.String(), costs.String())
 	return nil

@@ -14,39 +14,27 @@ import (
 	"github.com/quorate/quorate/test/cluster"
 )
 
-// position returns the highest applied index that "quorate status" reports of any node.
-func position(t *testing.T, ctx context.Context, c *cluster.Cluster) int64 {
+// position returns the newest transaction, by its place in the order, that any node has made visible.
+func position(t *testing.T, ctx context.Context, c *cluster.Cluster) uint64 {
 	t.Helper()
 	out, err := c.Status(ctx, 1, "-o", "json")
 	check(t, err)
-	var status any
-	decoder := json.NewDecoder(strings.NewReader(string(out)))
-	decoder.UseNumber()
-	check(t, decoder.Decode(&status))
-	highest := int64(-1)
-	var walk func(key string, value any)
-	walk = func(key string, value any) {
-		switch v := value.(type) {
-		case map[string]any:
-			for k, inner := range v {
-				walk(k, inner)
-			}
-		case []any:
-			for _, inner := range v {
-				walk(key, inner)
-			}
-		case json.Number, string: // 64-bit integers of protobuf are strings in JSON
-			var n int64
-			if _, err := fmt.Sscan(fmt.Sprint(v), &n); err == nil && strings.Contains(strings.ToLower(key), "applied") {
-				highest = max(highest, n)
-			}
+	var status struct {
+		Members []struct {
+			AppliedCSN uint64 `json:"applied_csn,string"`
 		}
 	}
-	walk("", status)
-	if highest < 0 {
-		t.Fatalf("status names no applied index: %s", out)
+	if err := json.Unmarshal(out, &status); err != nil {
+		t.Fatalf("read status: %v\n%s", err, out)
 	}
-	return highest
+	var newest uint64
+	for _, m := range status.Members {
+		newest = max(newest, m.AppliedCSN)
+	}
+	if newest == 0 {
+		t.Fatalf("status tells of no transaction: %s", out)
+	}
+	return newest
 }
 
 func TestStatus(t *testing.T) {
