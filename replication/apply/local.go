@@ -1,0 +1,106 @@
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/quorate/quorate/internal/logkey"
+)
+
+// finishLocals waits for released local transactions, one at a time because only the head is released, and books
+// them. One that did not commit is applied from the log: the log, not the session, is the truth.
+func (p *Pipeline) finishLocals(ctx context.Context) error {
+	w := p.workers[0] // connects only when a transaction is lost
+	defer w.disconnect()
+	timer := time.NewTimer(p.cfg.LocalTimeout)
+	defer timer.Stop()
+	for {
+		var e *entry
+		select {
+		case e = <-p.locals:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		start := time.Now()
+		timer.Reset(p.cfg.LocalTimeout)
+		select {
+		case <-e.local.Finished():
+		case <-timer.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if finished(e.local) && e.local.Committed() {
+			p.metrics.published(time.Since(start))
+			p.visible(e, false)
+			continue
+		}
+		p.log.Warn("a local transaction did not confirm its COMMIT", logkey.CSN, uint64(e.last), logkey.PID, e.local.PID(), logkey.XID, uint64(e.items[0].Set.XID))
+		committed, err := w.settle(ctx, e)
+		if err != nil {
+			return err
+		}
+		if committed {
+			p.visible(e, false)
+			continue
+		}
+		p.setState(e, stateRunning)
+		if err := w.complete(ctx, e); err != nil {
+			return err
+		}
+		e.local.Visible(e.last)
+	}
+}
+
+func finished(l Local) bool {
+	select {
+	case <-l.Finished():
+		return true
+	default:
+		return false
+	}
+}
+
+// settle brings a local transaction whose fate is not known to an end, and tells which.
+func (w *worker) settle(ctx context.Context, e *entry) (committed bool, err error) {
+	xid := strconv.FormatUint(uint64(e.items[0].Set.XID), 10)
+	pid := strconv.FormatUint(uint64(e.local.PID()), 10)
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		if w.session == nil {
+			if err := w.connect(ctx); err != nil {
+				return false, err
+			}
+		}
+		rows, err := w.session.query(`SELECT coalesce(pg_xact_status($1::text::xid8), 'unknown')`, xid)
+		if errors.Is(err, errConnection) {
+			w.disconnect()
+			continue
+		}
+		if err != nil {
+			return false, fmt.Errorf("ask for the status of local transaction %d: %w", e.last, err)
+		}
+		switch rows[0][0] {
+		case "committed":
+			return true, nil
+		case "aborted":
+			return false, nil
+		case "in progress":
+			// Only this transaction's own process is ended: the session may have gone on to others by the time
+			// its process is found, but then the transaction is no longer in progress.
+			_, err := w.session.query(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = $1::int AND backend_xid = ($2::text::xid8)::xid`, pid, xid)
+			if errors.Is(err, errConnection) {
+				w.disconnect()
+			} else if err != nil {
+				return false, fmt.Errorf("terminate the session of local transaction %d: %w", e.last, err)
+			}
+		default:
+			return false, fmt.Errorf("local transaction %d: the server no longer knows transaction id %s: %w", e.last, xid, ErrServerRestarted)
+		}
+		if err := pause(ctx, wait); err != nil {
+			return false, err
+		}
+	}
+}

@@ -1,0 +1,396 @@
+package apply
+
+import (
+	"container/list"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/quorate/quorate/txn"
+)
+
+// statement is one prepared statement of a session.
+type statement struct {
+	name     string
+	sql      string
+	prepared bool
+	place    *list.Element
+}
+
+// statementCache keeps a session's statements, least recently used first to go.
+type statementCache struct {
+	limit   int
+	bySQL   map[string]*statement
+	order   list.List // front: used last
+	counter int
+	evicted string // name of the statement that must be closed before the next is prepared; at most one at a time
+}
+
+// find returns the statement of this text.
+func (c *statementCache) find(sql string) *statement {
+	if st, ok := c.bySQL[sql]; ok {
+		c.order.MoveToFront(st.place)
+		return st
+	}
+	if c.bySQL == nil {
+		c.bySQL = map[string]*statement{}
+	}
+	if len(c.bySQL) >= c.limit {
+		oldest := c.order.Remove(c.order.Back()).(*statement)
+		delete(c.bySQL, oldest.sql)
+		if oldest.prepared {
+			c.evicted = oldest.name
+		}
+	}
+	c.counter++
+	st := &statement{name: "q" + strconv.Itoa(c.counter), sql: sql}
+	st.place = c.order.PushFront(st)
+	c.bySQL[sql] = st
+	return st
+}
+
+func (c *statementCache) clear() {
+	clear(c.bySQL)
+	c.order.Init()
+	c.evicted = ""
+}
+
+// relation is a table of a write set as it is here.
+type relation struct {
+	oid          uint32 // at the origin of the Relation message
+	schema, name string
+	partitioned  bool
+	columns      []relationAttribute // those of the Relation message, in its order
+	identity     []int               // the columns that identify a row
+	unique       bool                // identity is unique
+	texts        map[string]string   // statement text by shape; bounded by maxShapes
+}
+
+// maxShapes bounds the texts remembered for a relation: a table with many TOASTed columns has many combinations.
+const maxShapes = 64
+
+type relationAttribute struct {
+	name     string
+	typeName string
+	always   bool   // GENERATED ALWAYS AS IDENTITY: may not be assigned by UPDATE
+	equality string // the operator of the key's index, as OPERATOR(…); "" if not in such an index
+	exact    bool   // pg_catalog's = holds only between values that print alike
+}
+
+// lookupRelation asks for a table's columns. For the index that identifies rows, it finds the equality operator of
+// its operator class: with search_path = pg_catalog a plain = may resolve to none (an extension's type) or to
+// another (citext's would become text's). A type whose = may hold between values that print differently (numeric,
+// float, interval, a non-deterministic collation) is not exact.
+const lookupRelation = `SELECT c.relkind, coalesce(a.attname, ''), a.attidentity = 'a',
+  a.atttypid = ANY ('{bool,bytea,char,name,int8,int2,int4,text,oid,varchar,date,time,timestamp,timestamptz,uuid}'::regtype[])
+    AND coalesce(col.collisdeterministic, true),
+  format_type(a.atttypid, a.atttypmod),
+  (SELECT format('OPERATOR(%I.%s)', opn.nspname, o.oprname)
+   FROM pg_index i, LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) AS k(attnum, opclass)
+   JOIN pg_opclass oc ON oc.oid = k.opclass
+   JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3 AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+   JOIN pg_am am ON am.oid = ao.amopmethod AND am.amname = 'btree'
+   JOIN pg_operator o ON o.oid = ao.amopopr JOIN pg_namespace opn ON opn.oid = o.oprnamespace
+   WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.attnum = a.attnum
+     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+LEFT JOIN pg_collation col ON col.oid = a.attcollation
+WHERE n.nspname = $1 AND c.relname = $2 ORDER BY a.attnum`
+
+// relation returns the local table for a Relation message and makes it the current one of its OID.
+func (s *session) relation(message []byte) error {
+	r, ok := s.relations[string(message)]
+	if !ok {
+		m, err := parseRelation(message)
+		if err != nil {
+			return err
+		}
+		if r, err = s.lookup(m); err != nil {
+			return err
+		}
+		if len(s.relations) >= 4*s.statements.limit {
+			clear(s.relations)
+		}
+		s.relations[string(message)] = r
+	}
+	for i, known := range s.current {
+		if known.oid == r.oid {
+			s.current[i] = r
+			return nil
+		}
+	}
+	s.current = append(s.current, r)
+	return nil
+}
+
+func (s *session) find(oid uint32) (*relation, error) {
+	for _, r := range s.current {
+		if r.oid == oid {
+			return r, nil
+		}
+	}
+	return nil, fmt.Errorf("change of a relation that was not described: %w", txn.ErrCorrupt)
+}
+
+func (s *session) lookup(m relationMessage) (*relation, error) {
+	rows, err := s.query(lookupRelation, m.schema, m.name)
+	if err != nil {
+		return nil, err
+	}
+	r := &relation{oid: m.oid, schema: m.schema, name: m.name, texts: map[string]string{}}
+	if len(rows) == 0 {
+		return nil, mismatch(r, "there is no such table here")
+	}
+	r.partitioned = rows[0][0] == "p"
+	local := map[string]relationAttribute{}
+	for _, row := range rows {
+		if row[1] != "" {
+			local[row[1]] = relationAttribute{name: row[1], always: row[2] == "t", exact: row[3] == "t", typeName: row[4], equality: row[5]}
+		}
+	}
+	indexed := 0
+	for i, c := range m.columns {
+		a, ok := local[c.name]
+		if !ok {
+			return nil, mismatch(r, fmt.Sprintf("column %q does not exist here", c.name))
+		}
+		r.columns = append(r.columns, a)
+		if c.key {
+			r.identity = append(r.identity, i)
+			if a.equality != "" {
+				indexed++
+			}
+		}
+	}
+	if len(m.columns) != len(local) {
+		return nil, mismatch(r, fmt.Sprintf("has %d columns at the origin, %d here", len(m.columns), len(local)))
+	}
+	if m.full && indexed > 0 {
+		// The whole old row is sent, but a primary key finds it by an index.
+		r.identity = slices.DeleteFunc(r.identity, func(i int) bool { return r.columns[i].equality == "" })
+	}
+	r.unique = !m.full || indexed > 0
+	return r, nil
+}
+
+func mismatch(r *relation, reason string) error {
+	return &Divergence{Table: r.schema + "." + r.name, Cause: errMismatch(reason)}
+}
+
+// errMismatch says how a table differs from the origin's.
+type errMismatch string
+
+func (e errMismatch) Error() string { return string(e) }
+
+// applyRow adds a row change to the batch.
+func (s *session) applyRow(csn txn.CSN, message []byte) error {
+	c := &s.change
+	if err := c.parse(message); err != nil {
+		return err
+	}
+	r, err := s.find(c.relation)
+	if err != nil {
+		return err
+	}
+	if len(c.new) != len(r.columns) && c.operation != 'D' || len(c.old) != len(r.columns) && c.identity != 0 {
+		return fmt.Errorf("%s of %d columns, not %d: %w", operationName(c.operation), len(c.new), len(r.columns), txn.ErrCorrupt)
+	}
+	s.shape, s.params = r.bind(c, s.shape[:0], s.params[:0])
+	text, ok := r.texts[string(s.shape)]
+	if !ok {
+		text = r.text(c)
+		if len(r.texts) >= maxShapes {
+			clear(r.texts)
+		}
+		r.texts[string(s.shape)] = text
+	}
+	s.run(s.statements.find(text), s.params)
+	s.expected.push(expectation{csn: csn, relation: r, message: message})
+	return s.flushIfFull()
+}
+
+// located returns the tuple that tells which row is meant: the old one if it was sent, else the new one, whose key is
+// unchanged.
+func (c *rowChange) located() []column {
+	if c.identity != 0 {
+		return c.old
+	}
+	return c.new
+}
+
+// assigned reports whether an UPDATE must assign column i: not if it was not sent, nor if it is part of a key that
+// did not change, for then the row keeps its index entries.
+func (r *relation) assigned(c *rowChange, i int) bool {
+	if c.new[i].kind == kindUnchanged {
+		return false
+	}
+	if c.identity == 0 {
+		return !slices.Contains(r.identity, i)
+	}
+	// A GENERATED ALWAYS column can seldom be assigned, and seldom needs to be.
+	return !r.columns[i].always || !c.sameAt(i)
+}
+
+// sameAt reports whether column i of the old row was sent and equals the new one.
+func (c *rowChange) sameAt(i int) bool {
+	return c.old[i].kind == c.new[i].kind && string(c.old[i].data) == string(c.new[i].data)
+}
+
+// replaces reports whether an UPDATE must be made as DELETE and INSERT: UPDATE cannot assign a GENERATED ALWAYS
+// identity column, whatever the value.
+func (r *relation) replaces(c *rowChange) bool {
+	for i := range r.columns {
+		if r.columns[i].always && r.assigned(c, i) {
+			return true
+		}
+	}
+	return false
+}
+
+// bind returns the shape of a change, which determines its statement's text, and the parameters, in the order in
+// which text numbers them.
+func (r *relation) bind(c *rowChange, shape []byte, params []column) ([]byte, []column) {
+	shape = append(shape, c.operation)
+	if c.operation == 'I' {
+		return shape, append(params, c.new...)
+	}
+	if c.operation == 'U' {
+		all := r.replaces(c)
+		if all {
+			shape = append(shape, 'R')
+		}
+		for i := range r.columns {
+			switch {
+			case all && c.new[i].kind != kindUnchanged, !all && r.assigned(c, i):
+				shape = append(shape, '=')
+				params = append(params, c.new[i])
+			default:
+				shape = append(shape, '-')
+			}
+		}
+	}
+	tuple := c.located()
+	for _, i := range r.identity {
+		if tuple[i].kind == kindText {
+			shape = append(shape, 't')
+			params = append(params, tuple[i])
+		} else {
+			shape = append(shape, 'n')
+		}
+	}
+	return shape, params
+}
+
+// text returns the statement for a change. Values are parameters without a type, so that the server takes the
+// column's.
+func (r *relation) text(c *rowChange) string {
+	var b strings.Builder
+	param := 0
+	next := func() string {
+		param++
+		return "$" + strconv.Itoa(param)
+	}
+	switch {
+	case c.operation == 'I':
+		values := make([]string, len(r.columns))
+		for i := range values {
+			values[i] = next()
+		}
+		r.insertInto(&b)
+		if len(values) == 0 {
+			b.Reset()
+			return "INSERT INTO " + r.quoted() + " DEFAULT VALUES"
+		}
+		fmt.Fprintf(&b, " VALUES (%s)", strings.Join(values, ", "))
+	case c.operation == 'U' && r.replaces(c):
+		values := make([]string, len(r.columns))
+		for i, a := range r.columns {
+			values[i] = "old." + quote(a.name)
+			if c.new[i].kind != kindUnchanged {
+				values[i] = next() + "::" + a.typeName
+			}
+		}
+		fmt.Fprintf(&b, "WITH old AS (DELETE FROM ONLY %s WHERE %s RETURNING *) ", r.quoted(), r.where(c, next))
+		r.insertInto(&b)
+		fmt.Fprintf(&b, " SELECT %s FROM old", strings.Join(values, ", "))
+	case c.operation == 'U':
+		var set []string
+		for i, a := range r.columns {
+			if r.assigned(c, i) {
+				set = append(set, quote(a.name)+" = "+next())
+			}
+		}
+		if len(set) == 0 { // every value that was sent is the key, and that is the same
+			return fmt.Sprintf("SELECT FROM ONLY %s WHERE %s FOR NO KEY UPDATE", r.quoted(), r.where(c, next))
+		}
+		fmt.Fprintf(&b, "UPDATE ONLY %s SET %s WHERE %s", r.quoted(), strings.Join(set, ", "), r.where(c, next))
+	default:
+		fmt.Fprintf(&b, "DELETE FROM ONLY %s WHERE %s", r.quoted(), r.where(c, next))
+	}
+	return b.String()
+}
+
+func (r *relation) insertInto(b *strings.Builder) {
+	names := make([]string, len(r.columns))
+	for i, a := range r.columns {
+		names[i] = quote(a.name)
+	}
+	fmt.Fprintf(b, "INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE", r.quoted(), strings.Join(names, ", "))
+}
+
+// where identifies the row. A row without a unique key may have twins: then it is any one of them, which is why the
+// comparison must be exact.
+func (r *relation) where(c *rowChange, next func() string) string {
+	tuple := c.located()
+	var terms []string
+	for _, i := range r.identity {
+		a := r.columns[i]
+		name := quote(a.name)
+		switch {
+		case tuple[i].kind != kindText:
+			terms = append(terms, name+" IS NULL")
+		case a.equality != "":
+			terms = append(terms, name+" "+a.equality+" "+next())
+		case a.exact:
+			terms = append(terms, name+" = "+next())
+		default: // what the value prints is what was sent; the type may have no equality at all
+			terms = append(terms, "format('%s', "+name+") = "+next()+"::text")
+		}
+	}
+	condition := strings.Join(terms, " AND ")
+	if len(terms) == 0 {
+		condition = "true"
+	}
+	if r.unique {
+		return condition
+	}
+	return fmt.Sprintf("ctid = (SELECT ctid FROM ONLY %s WHERE %s LIMIT 1)", r.quoted(), condition)
+}
+
+func (r *relation) quoted() string { return quote(r.schema) + "." + quote(r.name) }
+
+func quote(identifier string) string {
+	return `"` + strings.ReplaceAll(identifier, `"`, `""`) + `"`
+}
+
+// describeKey tells which row a change means, for the operator.
+func (r *relation) describeKey(c *rowChange) string {
+	tuple := c.located()
+	var b strings.Builder
+	for _, i := range r.identity {
+		if i >= len(tuple) {
+			break
+		}
+		value := "NULL"
+		if tuple[i].kind == kindText {
+			value = string(tuple[i].data[:min(len(tuple[i].data), 64)])
+		}
+		if b.Len() > 0 {
+			b.WriteString(", ")
+		}
+		fmt.Fprintf(&b, "%s=%s", r.columns[i].name, value)
+	}
+	return b.String()
+}
