@@ -91,6 +91,8 @@ func TestAgreesWithReference(t *testing.T) {
 		c.SetWindow(window)
 		twin := certify.New(cfg)
 		twin.SetWindow(window)
+		var kept *certify.Snapshot // of c, and what it must still hold at the end
+		var keptBytes []byte
 		var h history
 		steps := rapid.IntRange(1, 120).Draw(t, "steps")
 		for range steps {
@@ -110,6 +112,7 @@ func TestAgreesWithReference(t *testing.T) {
 			case 2:
 				before := snapshot(t, twin)
 				twin = restore(t, before, window)
+				kept, keptBytes = c.Snapshot(), before
 				if after := snapshot(t, twin); !bytes.Equal(before, after) {
 					t.Fatalf("snapshot of a restored certifier differs:\n%x\n%x", before, after)
 				}
@@ -135,6 +138,12 @@ func TestAgreesWithReference(t *testing.T) {
 			got, known := c.Outcome(gid)
 			if got != want || known != wantKnown {
 				t.Fatalf("outcome of %v: %+v %v, want %+v %v", gid, got, known, want, wantKnown)
+			}
+		}
+		if kept != nil {
+			var b bytes.Buffer
+			if _, err := kept.WriteTo(&b); err != nil || !bytes.Equal(b.Bytes(), keptBytes) {
+				t.Fatalf("a snapshot has changed, error %v", err)
 			}
 		}
 		if a, b := snapshot(t, c), snapshot(t, twin); !bytes.Equal(a, b) {
@@ -269,16 +278,16 @@ func TestDigestTellsHistoriesApart(t *testing.T) {
 
 // A snapshot is a copy: what the certifier decides while it is being written does not get into it.
 func TestSnapshotIsIndependent(t *testing.T) {
-	c := certify.New(certify.Config{MaxKeys: 500, MaxOutcomes: 300})
+	c := certify.New(certify.Config{MaxKeys: 5000, MaxOutcomes: 3000})
 	rng := rand.New(rand.NewPCG(1, 2))
 	decide := func(n int) {
 		w := &txn.WriteSet{GID: gid(n + 1), Base: c.LastCSN(), Seen: c.LastCSN()}
 		for range 3 {
-			w.Keys = append(w.Keys, txn.KeyUse{Key: txn.Key{byte(rng.Uint32()), byte(rng.Uint32N(8))}, Mode: txn.Mode(1 + rng.Uint32N(6))})
+			w.Keys = append(w.Keys, txn.KeyUse{Key: txn.Key{byte(rng.Uint32()), byte(rng.Uint32N(64))}, Mode: txn.Mode(1 + rng.Uint32N(6))})
 		}
 		c.Decide(w)
 	}
-	for n := range 2000 {
+	for n := range 4000 {
 		decide(n)
 	}
 	want := snapshot(t, c)
@@ -290,7 +299,7 @@ func TestSnapshotIsIndependent(t *testing.T) {
 		done <- err
 	}()
 	for n := range 2000 {
-		decide(2000 + n)
+		decide(4000 + n)
 	}
 	if err := <-done; err != nil {
 		t.Fatal(err)

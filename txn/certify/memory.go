@@ -25,42 +25,70 @@ func (o *outcome) verdict() txn.Verdict {
 	return v
 }
 
+const (
+	outcomesBits = 10
+	outcomesPage = 1 << outcomesBits
+)
+
 // memory is a queue of decisions, oldest first, that can be searched by GID.
+//
+// The queue is made of pages. A place in a page is written once, by add, and a page is let go when all its decisions
+// are dropped, so a copy of the list of pages is a consistent copy of the queue.
 type memory struct {
-	ring        []outcome // its length is a power of two
-	first, next uint64    // sequence numbers of the oldest and of the one to come
-	byGID       map[txn.GID]uint64
+	pages       []*[outcomesPage]outcome // the first holds the number first
+	first, next uint64                   // numbers of the oldest decision and of the one to come
+	names       map[txn.GID]*names
 }
 
-func newMemory() memory {
-	return memory{ring: make([]outcome, 64), byGID: make(map[txn.GID]uint64)}
+// names are the numbers (lower 32 bits) of the decisions on 16 GIDs that differ in the lower 4 bits of Sequence
+// only; memory.names has them under the GID with these bits shifted out. A node's transactions come about in sequence, so
+// what is looked up, added and dropped next is where the last was, in cache, where a map by GID would be hit at
+// random three times per transaction.
+type names struct {
+	used   uint16 // bit i: number[i] is set
+	number [16]uint32
 }
+
+func newMemory() memory { return memory{names: make(map[txn.GID]*names)} }
 
 func (m *memory) len() int { return int(m.next - m.first) }
 
-func (m *memory) at(sequence uint64) *outcome { return &m.ring[sequence&uint64(len(m.ring)-1)] }
+func (m *memory) at(number uint64) *outcome {
+	return &m.pages[number>>outcomesBits-m.first>>outcomesBits][number%outcomesPage]
+}
 
-// find returns the decision on gid, valid until the next add; nil if there is none.
+// block splits a GID into its name in memory.names and its place there.
+func block(gid txn.GID) (name txn.GID, place int) {
+	place = int(gid.Sequence & 15)
+	gid.Sequence >>= 4
+	return gid, place
+}
+
+// find returns the decision on gid, valid until it is dropped; nil if there is none.
 func (m *memory) find(gid txn.GID) *outcome {
-	sequence, ok := m.byGID[gid]
-	if !ok {
+	name, place := block(gid)
+	n := m.names[name]
+	if n == nil || n.used&(1<<place) == 0 {
 		return nil
 	}
-	return m.at(sequence)
+	return m.at(m.first + uint64(n.number[place]-uint32(m.first)))
 }
 
 // add appends a decision on a GID that has none, or has one that is below the horizon and so counts as forgotten:
 // that one loses its name and waits, nameless, for its turn to be dropped.
 func (m *memory) add(o outcome) {
-	if m.len() == len(m.ring) {
-		old := *m
-		m.ring = make([]outcome, 2*len(old.ring))
-		for s := old.first; s < old.next; s++ {
-			*m.at(s) = *old.at(s)
-		}
+	if len(m.pages) == 0 || m.next>>outcomesBits-m.first>>outcomesBits == uint64(len(m.pages)) {
+		m.pages = append(m.pages, new([outcomesPage]outcome))
 	}
 	*m.at(m.next) = o
-	m.byGID[o.gid] = m.next
+	name, place := block(o.gid)
+	n := m.names[name]
+	if n == nil {
+		n = new(names)
+		m.names[name] = n
+	}
+	n.used |= 1 << place
+	n.number[place] = uint32(m.next)
 	m.next++
 }
 
@@ -68,13 +96,20 @@ func (m *memory) add(o outcome) {
 func (m *memory) oldest() *outcome { return m.at(m.first) }
 
 func (m *memory) dropOldest() {
-	if gid := m.oldest().gid; m.byGID[gid] == m.first {
-		delete(m.byGID, gid)
+	name, place := block(m.oldest().gid)
+	if n := m.names[name]; n != nil && n.used&(1<<place) != 0 && n.number[place] == uint32(m.first) {
+		if n.used &^= 1 << place; n.used == 0 {
+			delete(m.names, name)
+		}
 	}
 	m.first++
+	if m.first%outcomesPage == 0 {
+		m.pages[0] = nil
+		m.pages = m.pages[1:]
+	}
 }
 
 // clone returns a copy for reading the queue; it cannot be searched.
 func (m *memory) clone() memory {
-	return memory{ring: slices.Clone(m.ring), first: m.first, next: m.next}
+	return memory{pages: slices.Clone(m.pages), first: m.first, next: m.next}
 }

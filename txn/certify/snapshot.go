@@ -22,7 +22,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // snapshot is written.
 type Snapshot struct{ c Certifier }
 
-// Snapshot copies the state: one pass of memory copies, about 10 ms for a million keys.
+// Snapshot copies the state, in microseconds: the copy shares the memory, and the Certifier copies pieces of 50 KiB as
+// it comes to change them, each once per Snapshot.
 func (c *Certifier) Snapshot() *Snapshot {
 	s := &Snapshot{*c}
 	s.c.keys, s.c.outcomes, s.c.found = c.keys.clone(), c.outcomes.clone(), nil
@@ -203,7 +204,7 @@ func (r *reader) keys(c *Certifier) {
 			r.fail("key %x twice", key)
 			return
 		}
-		c.keys.at(c.keys.findOrAdd(&key)).last = last
+		c.keys.own(c.keys.findOrAdd(&key)).last = last
 	}
 }
 

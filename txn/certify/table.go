@@ -2,6 +2,7 @@ package certify
 
 import (
 	"hash/maphash"
+	"slices"
 
 	"github.com/quorate/quorate/txn"
 )
@@ -22,17 +23,19 @@ const (
 	pageSize = 1 << pageBits
 )
 
-// table is a map from keys to records that can drop the record used least recently, and be copied by copying a few
-// large pieces of memory without pointers. A built-in map beside the same records would need a third more memory.
+// table is a map from keys to records that can drop the record used least recently, and be copied without delay: a
+// copy shares the pages, and the table copies a page when it next writes to it. A built-in map beside the same
+// records would need a third more memory.
 //
 // Records live in pages and are named by reference; reference 0 is none, and its place is the head of the list:
 // its newer is the oldest record, its older the newest. Pages are never given back: the table is as large as it once
 // had to be.
 type table struct {
-	pages []*[pageSize]record
-	next  uint32 // lowest reference never given out
-	free  uint32 // list of references given back, linked by newer
-	count int
+	pages  []*[pageSize]record
+	shared []bool // by page: a copy holds it too
+	next   uint32 // lowest reference never given out
+	free   uint32 // list of references given back, linked by newer
+	count  int
 
 	// slots is an open-addressing hash index with linear probing: fragment of the hash in the upper half (its low
 	// bits are the home position), reference in the lower half, 0 if empty. The seed is random: keys are chosen by
@@ -44,10 +47,29 @@ type table struct {
 const minSlots = 64
 
 func newTable() table {
-	return table{pages: []*[pageSize]record{new([pageSize]record)}, next: 1, slots: make([]uint64, minSlots), seed: maphash.MakeSeed()}
+	t := table{next: 1, slots: make([]uint64, minSlots), seed: maphash.MakeSeed()}
+	t.addPage()
+	return t
 }
 
-func (t *table) at(ref uint32) *record { return &t.pages[ref>>pageBits][ref&(pageSize-1)] }
+func (t *table) addPage() {
+	t.pages = append(t.pages, new([pageSize]record))
+	t.shared = append(t.shared, false)
+}
+
+// at returns a record for reading.
+func (t *table) at(ref uint32) *record { return &t.pages[ref>>pageBits][ref%pageSize] }
+
+// own returns a record for writing. What at and own returned earlier may then be the record as it was.
+func (t *table) own(ref uint32) *record {
+	page := ref >> pageBits
+	if t.shared[page] {
+		t.shared[page] = false
+		copied := *t.pages[page]
+		t.pages[page] = &copied
+	}
+	return &t.pages[page][ref%pageSize]
+}
 
 func (t *table) hash(k *txn.Key) uint32 { return uint32(maphash.Bytes(t.seed, k[:])) }
 
@@ -88,10 +110,10 @@ func (t *table) findOrAdd(k *txn.Key) uint32 {
 		ref = t.next
 		t.next++
 		if int(ref>>pageBits) == len(t.pages) {
-			t.pages = append(t.pages, new([pageSize]record))
+			t.addPage()
 		}
 	}
-	*t.at(ref) = record{key: *k}
+	*t.own(ref) = record{key: *k}
 	t.slots[slot] = uint64(hash)<<32 | uint64(ref)
 	t.count++
 	t.link(ref)
@@ -117,7 +139,7 @@ func (t *table) enlarge() {
 
 // use notes that a key was used, later than all others.
 func (t *table) use(ref uint32, mode txn.Mode, at uint32) {
-	r := t.at(ref)
+	r := t.own(ref)
 	r.last[mode], r.last[0] = at, at
 	if t.at(0).older != ref {
 		t.unlink(ref)
@@ -131,8 +153,8 @@ func (t *table) oldestUse() uint32 { return t.at(t.at(0).newer).lastUse() }
 // dropOldest removes the record used least recently and returns its last use.
 func (t *table) dropOldest() uint32 {
 	ref := t.at(0).newer
-	r := t.at(ref)
-	_, hole := t.search(&r.key, t.hash(&r.key))
+	key, last := t.at(ref).key, t.at(ref).lastUse()
+	_, hole := t.search(&key, t.hash(&key))
 	// Close the hole: move up what would not be found behind it.
 	mask := uint32(len(t.slots) - 1)
 	for slot := (hole + 1) & mask; t.slots[slot] != 0; slot = (slot + 1) & mask {
@@ -144,40 +166,39 @@ func (t *table) dropOldest() uint32 {
 	}
 	t.slots[hole] = 0
 	t.unlink(ref)
-	r.newer = t.free
+	t.own(ref).newer = t.free
 	t.free = ref
 	t.count--
-	return r.lastUse()
+	return last
 }
 
 // link makes ref the newest of the list.
 func (t *table) link(ref uint32) {
-	head, r := t.at(0), t.at(ref)
-	r.older, r.newer = head.older, 0
-	t.at(head.older).newer = ref
-	head.older = ref
+	newest := t.at(0).older
+	t.own(newest).newer = ref
+	t.own(0).older = ref
+	r := t.own(ref)
+	r.older, r.newer = newest, 0
 }
 
 func (t *table) unlink(ref uint32) {
-	r := t.at(ref)
-	t.at(r.older).newer = r.newer
-	t.at(r.newer).older = r.older
+	older, newer := t.at(ref).older, t.at(ref).newer
+	t.own(older).newer = newer
+	t.own(newer).older = older
 }
 
 // clone returns a copy for reading the list; it has no index.
 func (t *table) clone() table {
-	c := table{pages: make([]*[pageSize]record, len(t.pages)), next: t.next, count: t.count}
-	for i, page := range t.pages {
-		c.pages[i] = new([pageSize]record)
-		*c.pages[i] = *page
+	for page := range t.shared {
+		t.shared[page] = true
 	}
-	return c
+	return table{pages: slices.Clone(t.pages), next: t.next, count: t.count}
 }
 
 // rebase subtracts by from every offset; what was at or below it becomes never.
 func (t *table) rebase(by uint32) {
 	for ref := t.at(0).newer; ref != 0; ref = t.at(ref).newer {
-		r := t.at(ref)
+		r := t.own(ref)
 		for mode, at := range r.last {
 			r.last[mode] = at - min(at, by)
 		}
