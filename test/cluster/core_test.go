@@ -51,9 +51,9 @@ func create(t *testing.T, ctx context.Context, c *cluster.Cluster, statements ..
 	t.Helper()
 	conn, err := c.Connect(ctx, 1)
 	check(t, err)
-	exec(t, ctx, conn, "SET client_min_messages = warning")
+	must(t, ctx, conn, "SET client_min_messages = warning")
 	for _, sql := range statements {
-		exec(t, ctx, conn, sql)
+		must(t, ctx, conn, sql)
 	}
 	check(t, conn.Close(ctx))
 	check(t, c.Settle(ctx))
@@ -105,8 +105,8 @@ func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 			row++
 			t.Run(fmt.Sprintf("explicit/%s/%d nodes/row %d", isolation, len(nodes), row), func(t *testing.T) {
 				for _, i := range nodes {
-					exec(t, ctx, conns[i], "BEGIN ISOLATION LEVEL "+isolation)
-					exec(t, ctx, conns[i], "UPDATE clash SET v = v || $1 WHERE id = $2", fmt.Sprint(i), row)
+					must(t, ctx, conns[i], "BEGIN ISOLATION LEVEL "+isolation)
+					must(t, ctx, conns[i], "UPDATE clash SET v = v || $1 WHERE id = $2", fmt.Sprint(i), row)
 				}
 				winner := race(t, nodes, func(i int) error {
 					tag, err := conns[i].Exec(ctx, "COMMIT")
@@ -117,7 +117,7 @@ func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 				})
 				// A loser's session lives, outside any transaction or in a failed one that ROLLBACK ends.
 				for _, i := range nodes {
-					exec(t, ctx, conns[i], "ROLLBACK")
+					must(t, ctx, conns[i], "ROLLBACK")
 					equals(t, ctx, conns[i], int32(1), "SELECT 1")
 				}
 				everywhere(t, ctx, c, winner, fmt.Sprintf("SELECT v FROM clash WHERE id = %d", row))
@@ -131,8 +131,8 @@ func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 			watchers := make([]*pgx.Conn, c.Nodes+1)
 			for _, i := range nodes {
 				watchers[i] = direct(t, ctx, c, i)
-				exec(t, ctx, watchers[i], "SELECT pg_advisory_lock("+gate+")")
-				exec(t, ctx, conns[i], "SET default_transaction_isolation = '"+strings.ToLower(isolation)+"'")
+				must(t, ctx, watchers[i], "SELECT pg_advisory_lock("+gate+")")
+				must(t, ctx, conns[i], "SET default_transaction_isolation = '"+strings.ToLower(isolation)+"'")
 			}
 			var waiting sync.WaitGroup
 			waiting.Go(func() {
@@ -140,7 +140,7 @@ func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 					awaitQuery(t, ctx, watchers[i], "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)")
 				}
 				for _, i := range nodes {
-					exec(t, ctx, watchers[i], "SELECT pg_advisory_unlock("+gate+")")
+					must(t, ctx, watchers[i], "SELECT pg_advisory_unlock("+gate+")")
 				}
 			})
 			winner := race(t, nodes, func(i int) error {
@@ -150,7 +150,7 @@ func concurrentUpdate(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 			})
 			waiting.Wait()
 			for _, i := range nodes {
-				exec(t, ctx, conns[i], "RESET default_transaction_isolation")
+				must(t, ctx, conns[i], "RESET default_transaction_isolation")
 			}
 			everywhere(t, ctx, c, winner, fmt.Sprintf("SELECT v FROM clash WHERE id = %d", row))
 		})
@@ -293,10 +293,10 @@ func foreignKey(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	}
 	for parent := 1; parent <= 15; parent++ {
 		deleting, inserting := conns[1+parent%3], conns[1+(parent+1)%3]
-		exec(t, ctx, deleting, "BEGIN")
-		exec(t, ctx, deleting, "DELETE FROM parent WHERE id = $1", parent)
-		exec(t, ctx, inserting, "BEGIN")
-		exec(t, ctx, inserting, "INSERT INTO child VALUES ($1, $1)", parent)
+		must(t, ctx, deleting, "BEGIN")
+		must(t, ctx, deleting, "DELETE FROM parent WHERE id = $1", parent)
+		must(t, ctx, inserting, "BEGIN")
+		must(t, ctx, inserting, "INSERT INTO child VALUES ($1, $1)", parent)
 		var deleted, inserted error
 		switch parent % 3 {
 		case 0:
@@ -319,8 +319,8 @@ func foreignKey(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 				t.Errorf("parent %d: got %v, want 40001 or 23503", parent, err)
 			}
 		}
-		exec(t, ctx, deleting, "ROLLBACK")
-		exec(t, ctx, inserting, "ROLLBACK")
+		must(t, ctx, deleting, "ROLLBACK")
+		must(t, ctx, inserting, "ROLLBACK")
 	}
 	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM child WHERE parent NOT IN (SELECT id FROM parent)")
 }
@@ -354,7 +354,7 @@ func swallowedUniqueViolation(t *testing.T, ctx context.Context, c *cluster.Clus
 			conn := gateway(t, ctx, c, i)
 			// At repeatable read a row that came after the snapshot can be neither inserted nor updated: the loop
 			// would never end, here as on one PostgreSQL.
-			exec(t, ctx, conn, "SET default_transaction_isolation = 'read committed'")
+			must(t, ctx, conn, "SET default_transaction_isolation = 'read committed'")
 			group.Go(func() {
 				for n := range perWorker {
 					err := retry(ctx, func() error {
@@ -379,44 +379,44 @@ func savepoints(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	create(t, ctx, c, "DROP TABLE IF EXISTS steps",
 		"CREATE TABLE steps (id int PRIMARY KEY, u int UNIQUE, big text)")
 	conn := gateway(t, ctx, c, 2)
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (1, 1)")
-	exec(t, ctx, conn, "SAVEPOINT a")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (2, 2)")
-	exec(t, ctx, conn, "SAVEPOINT b")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (3, 3)")
-	exec(t, ctx, conn, "RELEASE b")
-	exec(t, ctx, conn, "ROLLBACK TO a")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (4, 4)")
-	exec(t, ctx, conn, "SAVEPOINT c")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (1, 1)")
+	must(t, ctx, conn, "SAVEPOINT a")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (2, 2)")
+	must(t, ctx, conn, "SAVEPOINT b")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (3, 3)")
+	must(t, ctx, conn, "RELEASE b")
+	must(t, ctx, conn, "ROLLBACK TO a")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (4, 4)")
+	must(t, ctx, conn, "SAVEPOINT c")
 	refused(t, ctx, conn, "23505", "INSERT INTO steps VALUES (1, 5)")
 	refused(t, ctx, conn, "25P02", "SELECT 1")
-	exec(t, ctx, conn, "ROLLBACK TO c")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (6, 6, repeat('x', 100000))")
-	exec(t, ctx, conn, "COMMIT")
+	must(t, ctx, conn, "ROLLBACK TO c")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (6, 6, repeat('x', 100000))")
+	must(t, ctx, conn, "COMMIT")
 	everywhere(t, ctx, c, "1,4,6", "SELECT string_agg(id::text, ',' ORDER BY id) FROM steps")
 
 	// An insert that conflicts on the index it does not name leaves the server's decoding with half a change, and
 	// it holds everything back that follows in the transaction.
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "SAVEPOINT s")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "SAVEPOINT s")
 	refused(t, ctx, conn, "23505", "INSERT INTO steps VALUES (7, 1) ON CONFLICT (id) DO NOTHING")
-	exec(t, ctx, conn, "ROLLBACK TO s")
-	exec(t, ctx, conn, "DELETE FROM steps WHERE id = 4")
-	exec(t, ctx, conn, "COMMIT")
+	must(t, ctx, conn, "ROLLBACK TO s")
+	must(t, ctx, conn, "DELETE FROM steps WHERE id = 4")
+	must(t, ctx, conn, "COMMIT")
 	everywhere(t, ctx, c, "1,6", "SELECT string_agg(id::text, ',' ORDER BY id) FROM steps")
 
 	// What rolls back as a whole is never seen.
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "UPDATE steps SET u = u + 100")
-	exec(t, ctx, conn, "ROLLBACK")
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "UPDATE steps SET u = 7 WHERE id = 6") // the long value is not in the stream
-	exec(t, ctx, conn, "COMMIT AND CHAIN")
-	exec(t, ctx, conn, "DELETE FROM steps WHERE id = 1")
-	exec(t, ctx, conn, "ROLLBACK AND CHAIN")
-	exec(t, ctx, conn, "INSERT INTO steps VALUES (8, 8)")
-	exec(t, ctx, conn, "END")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "UPDATE steps SET u = u + 100")
+	must(t, ctx, conn, "ROLLBACK")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "UPDATE steps SET u = 7 WHERE id = 6") // the long value is not in the stream
+	must(t, ctx, conn, "COMMIT AND CHAIN")
+	must(t, ctx, conn, "DELETE FROM steps WHERE id = 1")
+	must(t, ctx, conn, "ROLLBACK AND CHAIN")
+	must(t, ctx, conn, "INSERT INTO steps VALUES (8, 8)")
+	must(t, ctx, conn, "END")
 	everywhere(t, ctx, c, "1:1,6:7:100000,8:8", "SELECT string_agg(concat_ws(':', id, u, length(big)), ',' ORDER BY id) FROM steps")
 }
 
@@ -426,32 +426,32 @@ func localObjects(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	create(t, ctx, c, "DROP TABLE IF EXISTS kept",
 		"CREATE TABLE kept (id int PRIMARY KEY, v text)")
 	conn, listener := gateway(t, ctx, c, 3), gateway(t, ctx, c, 3)
-	exec(t, ctx, listener, "LISTEN news")
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "CREATE TEMP TABLE scratch (id int, v text)")
-	exec(t, ctx, conn, "CREATE TEMP TABLE gone (id int) ON COMMIT DROP")
-	exec(t, ctx, conn, "INSERT INTO scratch SELECT i, 'v' || i FROM generate_series(1, 100) i")
-	exec(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch WHERE id <= 10")
-	exec(t, ctx, conn, "NOTIFY news, 'ten rows'")
-	exec(t, ctx, conn, "DECLARE held CURSOR WITH HOLD FOR SELECT id FROM kept ORDER BY id")
-	exec(t, ctx, conn, "COMMIT")
+	must(t, ctx, listener, "LISTEN news")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "CREATE TEMP TABLE scratch (id int, v text)")
+	must(t, ctx, conn, "CREATE TEMP TABLE gone (id int) ON COMMIT DROP")
+	must(t, ctx, conn, "INSERT INTO scratch SELECT i, 'v' || i FROM generate_series(1, 100) i")
+	must(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch WHERE id <= 10")
+	must(t, ctx, conn, "NOTIFY news, 'ten rows'")
+	must(t, ctx, conn, "DECLARE held CURSOR WITH HOLD FOR SELECT id FROM kept ORDER BY id")
+	must(t, ctx, conn, "COMMIT")
 	notification, err := listener.WaitForNotification(ctx)
 	check(t, err)
 	if notification.Payload != "ten rows" {
 		t.Errorf("notification: got %q, want %q", notification.Payload, "ten rows")
 	}
 	equals(t, ctx, conn, int32(1), "FETCH FROM held")
-	exec(t, ctx, conn, "MOVE 4 IN held")
+	must(t, ctx, conn, "MOVE 4 IN held")
 	equals(t, ctx, conn, int32(6), "FETCH FROM held")
-	exec(t, ctx, conn, "CLOSE held")
+	must(t, ctx, conn, "CLOSE held")
 	equals(t, ctx, conn, int64(100), "SELECT count(*) FROM scratch")
 	// Only temporary rows: nothing to order. And temporary rows that a replicated statement reads.
-	exec(t, ctx, conn, "DELETE FROM scratch WHERE id > 50")
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "TRUNCATE scratch")
-	exec(t, ctx, conn, "INSERT INTO scratch VALUES (500, 'late')")
-	exec(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch")
-	exec(t, ctx, conn, "COMMIT")
+	must(t, ctx, conn, "DELETE FROM scratch WHERE id > 50")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "TRUNCATE scratch")
+	must(t, ctx, conn, "INSERT INTO scratch VALUES (500, 'late')")
+	must(t, ctx, conn, "INSERT INTO kept SELECT * FROM scratch")
+	must(t, ctx, conn, "COMMIT")
 	everywhere(t, ctx, c, int64(11), "SELECT count(*) FROM kept")
 	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE relname IN ('scratch', 'gone') AND nspname !~ '^pg_temp'")
 }
@@ -462,52 +462,52 @@ func deliveredEntryEndsIdleTransaction(t *testing.T, ctx context.Context, c *clu
 	create(t, ctx, c, "DROP TABLE IF EXISTS held",
 		"CREATE TABLE held (id int PRIMARY KEY, v text)", "INSERT INTO held VALUES (1, ''), (2, ''), (3, '')")
 	loser, winner, watcher := gateway(t, ctx, c, 2), gateway(t, ctx, c, 1), direct(t, ctx, c, 2)
-	exec(t, ctx, loser, "SET application_name = 'still the same session'")
-	exec(t, ctx, loser, "CREATE TEMP TABLE mine (id int)")
+	must(t, ctx, loser, "SET application_name = 'still the same session'")
+	must(t, ctx, loser, "CREATE TEMP TABLE mine (id int)")
 	backend := one[int32](t, ctx, loser, "SELECT pg_backend_pid()")
 
 	win := func(row int) {
 		t.Helper()
-		exec(t, ctx, winner, "UPDATE held SET v = v || 'winner' WHERE id = $1", row)
+		must(t, ctx, winner, "UPDATE held SET v = v || 'winner' WHERE id = $1", row)
 		awaitQuery(t, ctx, watcher, "SELECT v = 'winner' FROM held WHERE id = $1", row)
 	}
 	sessionLives := func() {
 		t.Helper()
-		exec(t, ctx, loser, "ROLLBACK")
+		must(t, ctx, loser, "ROLLBACK")
 		equals(t, ctx, loser, backend, "SELECT pg_backend_pid()")
 		equals(t, ctx, loser, "still the same session", "SHOW application_name")
-		exec(t, ctx, loser, "INSERT INTO mine VALUES (1)")
-		exec(t, ctx, loser, "UPDATE held SET v = v || '.' WHERE id = 3")
+		must(t, ctx, loser, "INSERT INTO mine VALUES (1)")
+		must(t, ctx, loser, "UPDATE held SET v = v || '.' WHERE id = 3")
 	}
 
-	exec(t, ctx, loser, "BEGIN")
-	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	must(t, ctx, loser, "BEGIN")
+	must(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
 	win(1)
 	refused(t, ctx, loser, "40001", "SELECT 1")
 	refused(t, ctx, loser, "25P02", "SELECT 1")
 	sessionLives()
 
 	// The same, and the next message is the COMMIT.
-	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	must(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
 	check(t, c.Settle(ctx))
-	exec(t, ctx, loser, "BEGIN")
-	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	must(t, ctx, loser, "BEGIN")
+	must(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
 	win(1)
 	refused(t, ctx, loser, "40001", "COMMIT")
 	sessionLives()
 
 	// A lock without a write is in the way as well.
-	exec(t, ctx, loser, "BEGIN")
-	exec(t, ctx, loser, "SELECT * FROM held WHERE id = 2 FOR UPDATE")
+	must(t, ctx, loser, "BEGIN")
+	must(t, ctx, loser, "SELECT * FROM held WHERE id = 2 FOR UPDATE")
 	win(2)
 	refused(t, ctx, loser, "40001", "SELECT 1")
 	sessionLives()
 
 	// A running statement is cancelled.
-	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	must(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
 	check(t, c.Settle(ctx))
-	exec(t, ctx, loser, "BEGIN")
-	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	must(t, ctx, loser, "BEGIN")
+	must(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
 	result := make(chan error, 1)
 	go func() {
 		_, err := loser.Exec(ctx, "SELECT pg_sleep(50)")
@@ -521,10 +521,10 @@ func deliveredEntryEndsIdleTransaction(t *testing.T, ctx context.Context, c *clu
 	sessionLives()
 
 	// A backend that reads COPY data ignores being cancelled.
-	exec(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
+	must(t, ctx, loser, "UPDATE held SET v = '' WHERE id = 1")
 	check(t, c.Settle(ctx))
-	exec(t, ctx, loser, "BEGIN")
-	exec(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
+	must(t, ctx, loser, "BEGIN")
+	must(t, ctx, loser, "UPDATE held SET v = 'loser' WHERE id = 1")
 	reader, feed := newFeed()
 	go func() {
 		_, err := loser.PgConn().CopyFrom(ctx, reader, "COPY mine FROM STDIN")
@@ -667,12 +667,12 @@ func TestLoneCommit(t *testing.T) {
 	create(t, ctx, c, "DROP TABLE IF EXISTS lone", "CREATE TABLE lone (id int PRIMARY KEY)")
 	for i := 1; i <= c.Nodes; i++ {
 		conn := gateway(t, ctx, c, i)
-		exec(t, ctx, conn, "INSERT INTO lone VALUES ($1)", i) // statements are prepared now
+		must(t, ctx, conn, "INSERT INTO lone VALUES ($1)", i) // statements are prepared now
 		const commits = 20
 		took := make([]time.Duration, commits)
 		for n := range commits {
 			begin := time.Now()
-			exec(t, ctx, conn, "INSERT INTO lone VALUES ($1)", 1000*i+n)
+			must(t, ctx, conn, "INSERT INTO lone VALUES ($1)", 1000*i+n)
 			took[n] = time.Since(begin)
 		}
 		slices.Sort(took)

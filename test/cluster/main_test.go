@@ -200,7 +200,7 @@ func closeAtEnd(t *testing.T, conn *pgx.Conn) {
 	})
 }
 
-func exec(t *testing.T, ctx context.Context, conn *pgx.Conn, sql string, args ...any) pgconn.CommandTag {
+func must(t *testing.T, ctx context.Context, conn *pgx.Conn, sql string, args ...any) pgconn.CommandTag {
 	t.Helper()
 	tag, err := conn.Exec(ctx, sql, args...)
 	if err != nil {

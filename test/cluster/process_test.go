@@ -64,7 +64,7 @@ func TestLargeTransaction(t *testing.T) {
 	create(t, ctx, c, "CREATE TABLE wide (id int PRIMARY KEY, a text, b text, n bigint)")
 	conn := gateway(t, ctx, c, 2)
 	begin := time.Now()
-	exec(t, ctx, conn, "INSERT INTO wide SELECT i, md5(i::text), repeat(md5((i + 1)::text), 4), 0 FROM generate_series(1, $1::int) i", rows)
+	must(t, ctx, conn, "INSERT INTO wide SELECT i, md5(i::text), repeat(md5((i + 1)::text), 4), 0 FROM generate_series(1, $1::int) i", rows)
 	t.Logf("%d rows inserted in %v", rows, time.Since(begin).Round(time.Millisecond))
 	begin = time.Now()
 	check(t, c.Verify(ctx))
@@ -90,9 +90,9 @@ func TestLargeTransaction(t *testing.T) {
 	everywhere(t, ctx, c, int64(rows-100+20), "SELECT sum(n)::bigint FROM wide")
 
 	// And one that is rolled back leaves nothing.
-	exec(t, ctx, conn, "BEGIN")
-	exec(t, ctx, conn, "DELETE FROM wide")
-	exec(t, ctx, conn, "ROLLBACK")
+	must(t, ctx, conn, "BEGIN")
+	must(t, ctx, conn, "DELETE FROM wide")
+	must(t, ctx, conn, "ROLLBACK")
 	check(t, c.Verify(ctx))
 	for i := 1; i <= c.Nodes; i++ {
 		pid, err := c.SidecarPID(i)
@@ -117,7 +117,7 @@ func TestStopAndResume(t *testing.T) {
 		conn, err := c.Connect(ctx, node)
 		check(t, err)
 		for id := first; id < first+n; id++ {
-			exec(t, ctx, conn, "INSERT INTO ledger VALUES ($1, $2, repeat('x', 200))", id, node)
+			must(t, ctx, conn, "INSERT INTO ledger VALUES ($1, $2, repeat('x', 200))", id, node)
 		}
 		check(t, conn.Close(ctx))
 	}
@@ -140,8 +140,8 @@ func TestStopAndResume(t *testing.T) {
 
 	// Killed with a transaction open and others coming in.
 	victim := gateway(t, ctx, c, 2)
-	exec(t, ctx, victim, "BEGIN")
-	exec(t, ctx, victim, "INSERT INTO ledger VALUES (-1)")
+	must(t, ctx, victim, "BEGIN")
+	must(t, ctx, victim, "INSERT INTO ledger VALUES (-1)")
 	check(t, c.KillNode(ctx, 2))
 	if _, err := victim.Exec(ctx, "COMMIT"); err == nil {
 		t.Error("a session through a sidecar that was killed has committed")

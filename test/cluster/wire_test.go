@@ -12,6 +12,14 @@ import (
 
 func query(sql string) *pgproto3.Query { return &pgproto3.Query{String: sql} }
 
+// errorState returns the SQLSTATE of an error message, "" for any other message.
+func errorState(m pgproto3.BackendMessage) string {
+	if e, ok := m.(*pgproto3.ErrorResponse); ok {
+		return e.Code
+	}
+	return ""
+}
+
 // startup is a well-formed startup message.
 func startup(t *testing.T) []byte {
 	t.Helper()
@@ -36,8 +44,8 @@ func TestMalformedMessages(t *testing.T) {
 	c, ctx := shared(t)
 	create(t, ctx, c, "DROP TABLE IF EXISTS survivor", "CREATE TABLE survivor (id int PRIMARY KEY)")
 	other := gateway(t, ctx, c, 1)
-	exec(t, ctx, other, "BEGIN")
-	exec(t, ctx, other, "INSERT INTO survivor VALUES (1)")
+	must(t, ctx, other, "BEGIN")
+	must(t, ctx, other, "INSERT INTO survivor VALUES (1)")
 	u32 := func(v ...uint32) (b []byte) {
 		for _, n := range v {
 			b = binary.BigEndian.AppendUint32(b, n)
@@ -105,6 +113,6 @@ func TestMalformedMessages(t *testing.T) {
 			check(t, conn.Close())
 		}
 	}
-	exec(t, ctx, other, "COMMIT")
+	must(t, ctx, other, "COMMIT")
 	everywhere(t, ctx, c, int64(1), "SELECT count(*) FROM survivor")
 }
