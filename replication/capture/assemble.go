@@ -152,24 +152,22 @@ func (a *assembler) plan(r *relation) (*plan, error) {
 	return r.plan, nil
 }
 
-// ddl adds the keys of a DDL message. Its tables are null, or missing, if it may concern any table.
+// ddl adds the keys of a DDL message.
 func (a *assembler) ddl(record []byte) error {
 	m, err := parseLogical(record)
 	if err != nil {
 		return err
 	}
-	var statement struct {
-		Tables *[][2]string `json:"tables"`
-	}
-	if err := json.Unmarshal(m.content, &statement); err != nil {
+	var d ddlMessage
+	if err := json.Unmarshal(m.content, &d); err != nil {
 		return fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, prefixDDL, err)
 	}
-	if statement.Tables == nil {
+	if d.Tables == nil {
 		a.keys.ddlAnywhere()
 		return nil
 	}
 	a.keys.ddl()
-	for _, t := range *statement.Tables {
+	for _, t := range *d.Tables {
 		// The committed definition, if there is one, says of which table this is a partition.
 		schema, name := t[0], t[1]
 		r, err := a.catalog.RelationByName(a.ctx, schema, name)

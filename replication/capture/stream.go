@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"strconv"
@@ -57,10 +58,11 @@ type transaction struct {
 	xid       uint32
 	journal   journal
 	relations map[uint32]*relation // the latest descriptions in its stream
-	// seal is the GID of the seal if that was the last change, else zero.
-	seal    txn.GID
-	sealXID uint32 // the subtransaction that emitted it
-	ddl     bool
+	// seal is the GID of the seal if nothing came after it, else zero.
+	seal txn.GID
+	ddl  bool
+	// floating: a DDL message did not say to which subtransaction it belongs.
+	floating bool
 	changes uint64 // outside a stream, and after the write set was handed over: the journal is not kept then
 	count   bool   // only count changes
 	taken   bool   // the write set was handed over
@@ -158,7 +160,7 @@ func (s *stream) receive(ctx context.Context, body []byte, sent time.Time) error
 		}
 	case msgMessage:
 		if s.current == nil {
-			return s.message(ctx, 0, body, sent)
+			return s.message(ctx, body, sent)
 		}
 		return s.inTransaction(ctx, kind, body, c, sent)
 	case msgRelation, msgType, msgInsert, msgUpdate, msgDelete, msgTruncate:
@@ -186,7 +188,7 @@ func (s *stream) inTransaction(ctx context.Context, kind byte, body []byte, c cu
 	}
 	switch kind {
 	case msgMessage:
-		return s.message(ctx, xid, body, sent)
+		return s.message(ctx, body, sent)
 	case msgType:
 		s.types = appendFramed(s.types, body)
 		return nil
@@ -249,8 +251,11 @@ func (s *stream) abort(xid, sub uint32) {
 		s.end(tx)
 		return
 	}
-	if tx.sealXID == sub {
-		tx.seal = txn.GID{}
+	// The seal itself may have been in there: the server gives every message the top-level xid.
+	tx.seal = txn.GID{}
+	if tx.floating {
+		s.fail(tx, fmt.Errorf("a savepoint was rolled back, and a message %s does not tell whether it belonged to that", prefixDDL))
+		return
 	}
 	before := len(tx.journal.tail)
 	tx.journal.abort(sub)
@@ -421,9 +426,8 @@ func (s *stream) spillLargest() {
 	}
 }
 
-// message takes a logical decoding message; xid is 0 for one outside a transaction. Other programs' messages are not
-// replicated.
-func (s *stream) message(ctx context.Context, xid uint32, body []byte, sent time.Time) error {
+// message takes a logical decoding message. Other programs' messages are not replicated.
+func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error {
 	m, err := parseLogical(body)
 	if err != nil {
 		return err
@@ -438,12 +442,27 @@ func (s *stream) message(ctx context.Context, xid uint32, body []byte, sent time
 	case string(m.prefix) == prefixSeal:
 		// One that is not ours is no seal, and no change either.
 		if gid, err := txn.ParseGID(string(m.content)); err == nil {
-			s.current.seal, s.current.sealXID = gid, xid
+			s.current.seal = gid
 		}
 	case string(m.prefix) == prefixDDL:
-		s.keep(xid, body)
-		s.current.ddl = true
+		return s.ddl(body, m.content)
 	}
+	return nil
+}
+
+// ddl takes a DDL message. Unlike a row change, it comes with the top-level xid even from within a savepoint, so that
+// its content must say by which subtransaction it goes if that is rolled back.
+func (s *stream) ddl(body, content []byte) error {
+	var d ddlMessage
+	if err := json.Unmarshal(content, &d); err != nil {
+		s.fail(s.current, fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, prefixDDL, err))
+	}
+	xid := d.XID
+	if xid == 0 {
+		xid, s.current.floating = s.current.xid, true
+	}
+	s.keep(xid, body)
+	s.current.ddl = true
 	return nil
 }
 
