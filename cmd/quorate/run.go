@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/node"
+)
+
+// closeTimeout bounds a node's shutdown, its PostgreSQL's checkpoint included.
+const closeTimeout = 40 * time.Second
+
+func runCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "run --config FILE",
+		Short: "Run one node",
+		Long: "Run one node until SIGINT or SIGTERM, which stop it and the PostgreSQL that it manages. " +
+			"A second signal ends the process at once and leaves PostgreSQL running; the next start takes it over.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if file == "" {
+				return usage("config", `""`, "is required")
+			}
+			return runNode(cmd.Context(), file, cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration `file`")
+	return cmd
+}
+
+func runNode(ctx context.Context, file string, stderr io.Writer) (err error) {
+	cfg, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	if err := cfg.ClaimDataDir(); err != nil {
+		return err
+	}
+	pid, err := lockPIDFile(filepath.Join(cfg.DataDir, pidFileName))
+	if err != nil {
+		return fmt.Errorf("run node %s with data_dir %q: %w", cfg.Node, cfg.DataDir, err)
+	}
+	defer func() { err = errors.Join(err, pid.release()) }()
+
+	n, err := node.Open(ctx, cfg, ownVersion(), newLogger(cfg.Log, stderr))
+	if err != nil {
+		return fmt.Errorf("start node %s: %w", cfg.Node, err)
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- n.Wait() }() // returns at the latest after Close
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+		if err != nil {
+			err = fmt.Errorf("node %s failed: %w", cfg.Node, err)
+		}
+	}
+	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	if closeErr := n.Close(closing); closeErr != nil {
+		err = errors.Join(err, fmt.Errorf("stop node %s: %w", cfg.Node, closeErr))
+	}
+	return err
+}
+
+func newLogger(c config.Log, w io.Writer) *slog.Logger {
+	o := &slog.HandlerOptions{Level: c.SlogLevel()}
+	if c.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}

@@ -1,0 +1,58 @@
+package main
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	pb "github.com/quorate/quorate/proto/quorate/v1"
+)
+
+var update = flag.Bool("update", false, "write golden files instead of comparing with them")
+
+func TestStatusForms(t *testing.T) {
+	s := newClusterStatus(&pb.StatusResponse{
+		Cluster: "demo-0123abcd", Node: 1, Leader: 2, Term: 7, CommitIndex: 104, Csn: 52,
+		Members: []*pb.Member{
+			{Id: 1, RaftAddress: "127.0.0.1:6401", GrpcAddress: "127.0.0.1:6201", HttpAddress: "127.0.0.1:6301", GatewayAddress: "127.0.0.1:6001",
+				State: "catching-up", Reason: "12 transactions behind", Role: pb.Role_ROLE_FOLLOWER, Term: 7, CommitIndex: 100, AppliedIndex: 90,
+				Csn: 50, AppliedCsn: 40, Lag: 12, Version: "v0.1.0", PostgresVersion: "18.4", LastContact: durationpb.New(0)},
+			{Id: 2, RaftAddress: "127.0.0.1:6402", GrpcAddress: "127.0.0.1:6202", HttpAddress: "127.0.0.1:6302", GatewayAddress: "127.0.0.1:6002",
+				State: "active", AcceptsWrites: true, Role: pb.Role_ROLE_LEADER, Term: 7, CommitIndex: 104, AppliedIndex: 104,
+				Csn: 52, AppliedCsn: 52, Version: "v0.1.0", PostgresVersion: "18.4", LastContact: durationpb.New(0)},
+			{Id: 3, RaftAddress: "127.0.0.1:6403", GrpcAddress: "127.0.0.1:6203", HttpAddress: "127.0.0.1:6303", GatewayAddress: "127.0.0.1:6003",
+				State: "no contact", Reason: "connection refused", LastContact: durationpb.New(90 * time.Second)},
+		},
+	})
+	var table, jsonText strings.Builder
+	if err := printTable(&table, s); err != nil {
+		t.Fatal(err)
+	}
+	if err := printJSON(&jsonText, s); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "status.txt", table.String())
+	golden(t, "status.json", jsonText.String())
+}
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	name = filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(name, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s: got\n%s\nwant\n%s", name, got, want)
+	}
+}
