@@ -10,6 +10,10 @@ GRANT USAGE ON SCHEMA quorate TO PUBLIC;
 CREATE TABLE IF NOT EXISTS quorate.nudge (id bigint);
 GRANT INSERT ON quorate.nudge TO PUBLIC;
 
+-- A row inserted here shows, as its xmin, in which subtransaction it was; nothing else in SQL does.
+CREATE UNLOGGED TABLE IF NOT EXISTS quorate.subtransaction (id integer);
+GRANT INSERT, DELETE, SELECT ON quorate.subtransaction TO PUBLIC;
+
 -- One row: who this node is.
 CREATE TABLE IF NOT EXISTS quorate.identity (
     only_row  boolean PRIMARY KEY DEFAULT true CHECK (only_row),
@@ -134,14 +138,20 @@ BEGIN
     RETURN sql;
 END $$;
 
--- emit_ddl writes the message by which peers replay a statement at its place in the transaction.
+-- emit_ddl writes the message by which peers replay a statement at its place in the transaction. Decoding reports
+-- every logical message under the top-level transaction, so the message itself says in which subtransaction the
+-- statement ran: with that one it is undone.
 CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb) RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    xid bigint;
 BEGIN
+    INSERT INTO quorate.subtransaction VALUES (1) RETURNING xmin::text::bigint INTO xid;
+    DELETE FROM quorate.subtransaction WHERE xmin::text::bigint = xid;
     PERFORM pg_logical_emit_message(true, 'quorate.ddl', jsonb_build_object(
-        'sql', sql, 'tag', tag, 'search_path', path, 'role', current_user, 'tables', tables,
+        'xid', xid, 'sql', sql, 'tag', tag, 'search_path', path, 'role', current_user, 'tables', tables,
         'settings', jsonb_build_object(
             'check_function_bodies', current_setting('check_function_bodies'),
             'default_table_access_method', current_setting('default_table_access_method'),
