@@ -94,7 +94,7 @@ func TestAgreesWithReference(t *testing.T) {
 		var kept *certify.Snapshot // of c, and what it must still hold at the end
 		var keptBytes []byte
 		var h history
-		steps := rapid.IntRange(1, 120).Draw(t, "steps")
+		steps := rapid.IntRange(1, 300).Draw(t, "steps")
 		for range steps {
 			switch rapid.IntRange(0, 19).Draw(t, "step") {
 			case 0:
@@ -104,6 +104,9 @@ func TestAgreesWithReference(t *testing.T) {
 				twin.Advance(horizon)
 			case 1:
 				gid := txn.GID{Node: 1, Incarnation: 7, Sequence: h.sequence + uint64(rapid.IntRange(0, 3).Draw(t, "ahead"))}
+				if len(h.gids) > 0 && rapid.Bool().Draw(t, "abort of something old") {
+					gid = rapid.SampledFrom(h.gids).Draw(t, "gid")
+				}
 				want, got := ref.abort(gid), c.Abort(gid)
 				twin.Abort(gid)
 				if got != want {
