@@ -16,7 +16,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/txn"
@@ -203,9 +203,9 @@ func (a *Admin) ask(ctx context.Context, m Member) *pb.Member {
 	default:
 		got, p.heard = resp.Members[0], time.Now()
 	}
-	got.LastContact = nil
+	got.LastContactMs = nil
 	if !p.heard.IsZero() {
-		got.LastContact = durationpb.New(time.Since(p.heard))
+		got.LastContactMs = proto.Uint64(uint64(time.Since(p.heard).Milliseconds()))
 	}
 	m.describe(got)
 	return got
@@ -216,7 +216,7 @@ func (a *Admin) self(s Status) *pb.Member {
 		State: s.State, AcceptsWrites: s.Writes, Reason: s.Reason, Role: roles[s.Role],
 		Term: s.Term, CommitIndex: uint64(s.CommitIndex), AppliedIndex: uint64(s.AppliedIndex),
 		Csn: uint64(s.CSN), AppliedCsn: uint64(s.Applied), Version: a.cfg.Version, PostgresVersion: s.Postgres,
-		LastContact: durationpb.New(0),
+		LastContactMs: proto.Uint64(0),
 	}
 	for _, m := range a.cfg.Members {
 		if m.ID == a.cfg.Node {

@@ -112,8 +112,8 @@ func newClusterStatus(r *pb.StatusResponse) clusterStatus {
 			Version: m.Version, Postgres: m.PostgresVersion,
 			Addresses: addresses{m.GatewayAddress, m.GrpcAddress, m.HttpAddress, m.RaftAddress},
 		}
-		if m.LastContact != nil {
-			seconds := m.LastContact.AsDuration().Seconds()
+		if m.LastContactMs != nil {
+			seconds := float64(*m.LastContactMs) / 1000
 			got.LastContact = &seconds
 		}
 		s.Members = append(s.Members, got)

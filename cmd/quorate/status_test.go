@@ -6,9 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
@@ -21,12 +20,12 @@ func TestStatusForms(t *testing.T) {
 		Members: []*pb.Member{
 			{Id: 1, RaftAddress: "127.0.0.1:6401", GrpcAddress: "127.0.0.1:6201", HttpAddress: "127.0.0.1:6301", GatewayAddress: "127.0.0.1:6001",
 				State: "catching-up", Reason: "12 transactions behind", Role: pb.Role_ROLE_FOLLOWER, Term: 7, CommitIndex: 100, AppliedIndex: 90,
-				Csn: 50, AppliedCsn: 40, Lag: 12, Version: "v0.1.0", PostgresVersion: "18.4", LastContact: durationpb.New(0)},
+				Csn: 50, AppliedCsn: 40, Lag: 12, Version: "v0.1.0", PostgresVersion: "18.4", LastContactMs: proto.Uint64(0)},
 			{Id: 2, RaftAddress: "127.0.0.1:6402", GrpcAddress: "127.0.0.1:6202", HttpAddress: "127.0.0.1:6302", GatewayAddress: "127.0.0.1:6002",
 				State: "active", AcceptsWrites: true, Role: pb.Role_ROLE_LEADER, Term: 7, CommitIndex: 104, AppliedIndex: 104,
-				Csn: 52, AppliedCsn: 52, Version: "v0.1.0", PostgresVersion: "18.4", LastContact: durationpb.New(0)},
+				Csn: 52, AppliedCsn: 52, Version: "v0.1.0", PostgresVersion: "18.4", LastContactMs: proto.Uint64(0)},
 			{Id: 3, RaftAddress: "127.0.0.1:6403", GrpcAddress: "127.0.0.1:6203", HttpAddress: "127.0.0.1:6303", GatewayAddress: "127.0.0.1:6003",
-				State: "no contact", Reason: "connection refused", LastContact: durationpb.New(90 * time.Second)},
+				State: "no contact", Reason: "connection refused", LastContactMs: proto.Uint64(90_000)},
 		},
 	})
 	var table, jsonText strings.Builder

@@ -13,7 +13,6 @@ package quoratev1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
-	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -238,8 +237,8 @@ type Member struct {
 	Lag             uint64 `protobuf:"varint,15,opt,name=lag,proto3" json:"lag,omitempty"`                                       // how many transactions it is behind the newest known, in the view of the answering node
 	Version         string `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"`                                // of Quorate
 	PostgresVersion string `protobuf:"bytes,17,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
-	// How long ago the answering node last heard from it, now included: absent if never since it started.
-	LastContact   *durationpb.Duration `protobuf:"bytes,18,opt,name=last_contact,json=lastContact,proto3" json:"last_contact,omitempty"`
+	// How many milliseconds ago the answering node last heard from it, now included: absent if never since it started.
+	LastContactMs *uint64 `protobuf:"varint,18,opt,name=last_contact_ms,json=lastContactMs,proto3,oneof" json:"last_contact_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -393,11 +392,11 @@ func (x *Member) GetPostgresVersion() string {
 	return ""
 }
 
-func (x *Member) GetLastContact() *durationpb.Duration {
-	if x != nil {
-		return x.LastContact
+func (x *Member) GetLastContactMs() uint64 {
+	if x != nil && x.LastContactMs != nil {
+		return *x.LastContactMs
 	}
-	return nil
+	return 0
 }
 
 var File_quorate_v1_cluster_proto protoreflect.FileDescriptor
@@ -405,7 +404,7 @@ var File_quorate_v1_cluster_proto protoreflect.FileDescriptor
 const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18quorate/v1/cluster.proto\x12\n" +
-	"quorate.v1\x1a\x1egoogle/protobuf/duration.proto\"%\n" +
+	"quorate.v1\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\bR\x05local\"\xcd\x01\n" +
 	"\x0eStatusResponse\x12\x18\n" +
@@ -415,7 +414,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\x05 \x01(\x04R\vcommitIndex\x12\x10\n" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
-	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xc9\x04\n" +
+	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xcc\x04\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +
@@ -435,8 +434,9 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"appliedCsn\x12\x10\n" +
 	"\x03lag\x18\x0f \x01(\x04R\x03lag\x12\x18\n" +
 	"\aversion\x18\x10 \x01(\tR\aversion\x12)\n" +
-	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12<\n" +
-	"\flast_contact\x18\x12 \x01(\v2\x19.google.protobuf.DurationR\vlastContact*T\n" +
+	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12+\n" +
+	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x00R\rlastContactMs\x88\x01\x01B\x12\n" +
+	"\x10_last_contact_ms*T\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rROLE_FOLLOWER\x10\x01\x12\x12\n" +
@@ -460,23 +460,21 @@ func file_quorate_v1_cluster_proto_rawDescGZIP() []byte {
 var file_quorate_v1_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_quorate_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_quorate_v1_cluster_proto_goTypes = []any{
-	(Role)(0),                   // 0: quorate.v1.Role
-	(*StatusRequest)(nil),       // 1: quorate.v1.StatusRequest
-	(*StatusResponse)(nil),      // 2: quorate.v1.StatusResponse
-	(*Member)(nil),              // 3: quorate.v1.Member
-	(*durationpb.Duration)(nil), // 4: google.protobuf.Duration
+	(Role)(0),              // 0: quorate.v1.Role
+	(*StatusRequest)(nil),  // 1: quorate.v1.StatusRequest
+	(*StatusResponse)(nil), // 2: quorate.v1.StatusResponse
+	(*Member)(nil),         // 3: quorate.v1.Member
 }
 var file_quorate_v1_cluster_proto_depIdxs = []int32{
 	3, // 0: quorate.v1.StatusResponse.members:type_name -> quorate.v1.Member
 	0, // 1: quorate.v1.Member.role:type_name -> quorate.v1.Role
-	4, // 2: quorate.v1.Member.last_contact:type_name -> google.protobuf.Duration
-	1, // 3: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
-	2, // 4: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
-	4, // [4:5] is the sub-list for method output_type
-	3, // [3:4] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	1, // 2: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
+	2, // 3: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
+	3, // [3:4] is the sub-list for method output_type
+	2, // [2:3] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_quorate_v1_cluster_proto_init() }
@@ -484,6 +482,7 @@ func file_quorate_v1_cluster_proto_init() {
 	if File_quorate_v1_cluster_proto != nil {
 		return
 	}
+	file_quorate_v1_cluster_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
