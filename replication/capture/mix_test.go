@@ -102,13 +102,19 @@ func (c *client) mixed(rng *rand.Rand, w, round int) (xid uint32, lines []string
 			return fmt.Sprintf("INSERT INTO fat VALUES (%d, 0, repeat('f', %d)) ON CONFLICT (id) DO UPDATE SET v = excluded.v", id(), 1500+rng.IntN(6000))
 		},
 		func() string { return fmt.Sprintf("UPDATE fat SET n = n + 1 WHERE id = %d", id()) }, // leaves TOAST unchanged
-		func() string { return fmt.Sprintf("INSERT INTO keyless SELECT i::text FROM generate_series(1, %d) i", rng.IntN(30)) },
-		func() string { return fmt.Sprintf("INSERT INTO wide VALUES (%d, 'w') ON CONFLICT (id) DO UPDATE SET v = wide.v || 'z'", id()) },
+		func() string {
+			return fmt.Sprintf("INSERT INTO keyless SELECT i::text FROM generate_series(1, %d) i", rng.IntN(30))
+		},
+		func() string {
+			return fmt.Sprintf("INSERT INTO wide VALUES (%d, 'w') ON CONFLICT (id) DO UPDATE SET v = wide.v || 'z'", id())
+		},
 		func() string { return fmt.Sprintf("DELETE FROM wide WHERE id = %d", id()) },
 		func() string {
 			return `INSERT INTO typed VALUES ('bad', '2024-02-29', 0.1, '\x00ff', '1 day 2 hours', '{"a": [1.0]}', '{1,NULL}')`
 		},
-		func() string { return fmt.Sprintf("INSERT INTO parted VALUES (%d, 'p') ON CONFLICT (id) DO NOTHING", id()) },
+		func() string {
+			return fmt.Sprintf("INSERT INTO parted VALUES (%d, 'p') ON CONFLICT (id) DO NOTHING", id())
+		},
 		func() string { return fmt.Sprintf("UPDATE parted SET id = %d WHERE id = %d", id(), id()) },
 		func() string { return fmt.Sprintf("INSERT INTO tmp SELECT generate_series(1, %d)", rng.IntN(50)) },
 		func() string { return "SELECT * FROM shared LIMIT 3 FOR UPDATE" },

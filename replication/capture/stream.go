@@ -63,10 +63,10 @@ type transaction struct {
 	ddl  bool
 	// floating: a DDL message did not say to which subtransaction it belongs.
 	floating bool
-	changes uint64 // outside a stream, and after the write set was handed over: the journal is not kept then
-	count   bool   // only count changes
-	taken   bool   // the write set was handed over
-	err     error  // why it cannot be captured; its changes were dropped
+	changes  uint64 // outside a stream, and after the write set was handed over: the journal is not kept then
+	count    bool   // only count changes
+	taken    bool   // the write set was handed over
+	err      error  // why it cannot be captured; its changes were dropped
 }
 
 func newStream(cfg Config, m *metrics, alive func()) *stream {

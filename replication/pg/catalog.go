@@ -291,7 +291,7 @@ SELECT json_build_object(
                 JOIN pg_attribute a ON a.attrelid = f.conrelid AND a.attnum = k.attnum
                 LEFT JOIN class ON class.id = a.atttypid),
             'parent', (SELECT json_agg(json_build_object('name', a.attname,
-                    'class', CASE WHEN child.type IS DISTINCT FROM class.type AND class.class = 5 THEN 0 ELSE coalesce(x.class, 0) END) ORDER BY k.ord)
+                    'class', CASE WHEN child.type IS DISTINCT FROM class.type AND x.class NOT IN (1, 2) THEN 0 ELSE coalesce(x.class, 0) END) ORDER BY k.ord)
                 FROM unnest(f.conkey, f.confkey) WITH ORDINALITY AS k(child, attnum, ord)
                 JOIN pg_attribute a ON a.attrelid = f.confrelid AND a.attnum = k.attnum
                 JOIN pg_attribute ca ON ca.attrelid = f.conrelid AND ca.attnum = k.child
