@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -216,6 +217,16 @@ func TestInit(t *testing.T) {
 	// So deep that no Unix socket could be beside the data.
 	dataDir := filepath.Join(base, strings.Repeat("d", 60), strings.Repeat("e", 60), "pgdata")
 	cfg := pgserver.Config{Install: in, DataDir: dataDir, Port: pgtest.FreePort(t), Password: "it's \\ secret", EndWithParent: true}
+	if os.Geteuid() == 0 { // where there is no user postgres
+		nobody, err := user.Lookup("nobody")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Account.Name = "nobody"
+		if _, err := fmt.Sscan(nobody.Uid+" "+nobody.Gid, &cfg.Account.UID, &cfg.Account.GID); err != nil {
+			t.Fatal(err)
+		}
+	}
 	s, err := pgserver.New(cfg)
 	if err != nil {
 		t.Fatal(err)
