@@ -32,7 +32,7 @@ type recorder struct {
 	entries  []Entry
 	restored int // entries that came by Restore
 	changed  chan struct{}
-	hold     chan struct{} // if not nil, Apply waits until it is closed
+	hold     chan struct{} // if not nil, Apply waits until it is closed; set before the first entry
 }
 
 func newRecorder() *recorder { return &recorder{changed: make(chan struct{})} }
@@ -154,8 +154,9 @@ func newCluster(t *testing.T, n int, change func(*Config)) *testCluster {
 	for i := range n {
 		cfg := Config{
 			Node: txn.NodeID(i + 1), Dir: filepath.Join(t.TempDir(), "raft"), RaftAddress: members[i].RaftAddress,
-			Bootstrap: members, HeartbeatTimeout: 500 * time.Millisecond, ElectionTimeout: 500 * time.Millisecond,
-			LeaderLease: 250 * time.Millisecond, VerifyInterval: time.Hour, Logger: testLogger(t, i+1),
+			Bootstrap: members,
+			// As long a lease as possible: the machine may be busy with other tests.
+			HeartbeatTimeout: 800 * time.Millisecond, ElectionTimeout: 800 * time.Millisecond, LeaderLease: 800 * time.Millisecond, VerifyInterval: time.Hour, Logger: testLogger(t, i+1),
 		}
 		if change != nil {
 			change(&cfg)
@@ -273,16 +274,38 @@ var closedChannel = func() chan struct{} {
 
 func (tc *testCluster) follower() int { return (tc.leader() + 1) % len(tc.nodes) }
 
-// propose must succeed.
+// propose must succeed, once a leader is known.
 func (tc *testCluster) propose(i int, data string) txn.LogIndex {
 	tc.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	index, err := tc.nodes[i].c.Propose(ctx, []byte(data))
-	if err != nil {
-		tc.t.Fatal(err)
+	for {
+		index, err := tc.nodes[i].c.Propose(ctx, []byte(data))
+		if err == nil {
+			return index
+		}
+		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil || !errors.Is(err, txn.ErrNoQuorum) {
+			tc.t.Errorf("propose on node %d: %v, then %v", i+1, err, waitErr)
+			return 0
+		}
 	}
-	return index
+}
+
+// readIndex must succeed, once a leader is known.
+func (tc *testCluster) readIndex(i int) txn.LogIndex {
+	tc.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for {
+		index, err := tc.nodes[i].c.ReadIndex(ctx)
+		if err == nil {
+			return index
+		}
+		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil {
+			tc.t.Errorf("read index on node %d: %v, then %v", i+1, err, waitErr)
+			return 0
+		}
+	}
 }
 
 func freeAddress(t *testing.T) string {

@@ -117,7 +117,7 @@ func openBolt(path string) (*raftboltdb.BoltStore, error) {
 		Path: path,
 		BoltOptions: &bbolt.Options{
 			// Another process that has the file open is an error, not something to wait for.
-			Timeout: 2 * time.Second,
+			Timeout: 500 * time.Millisecond,
 			// Together these two keep appends fast after a large truncation; either alone makes them slow.
 			NoFreelistSync: true,
 			FreelistType:   bbolt.FreelistMapType,
