@@ -185,7 +185,8 @@ func (d *demo) prepare(ctx context.Context) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			missing[i] = true
 			if entries, err := os.ReadDir(d.nodeDir(i)); err == nil && len(entries) > 0 {
-				return fmt.Errorf("use --dir %s: %s is not empty and has no quorate.yaml: it is not a demo's", d.dir, d.nodeDir(i))
+				return fmt.Errorf("use --dir %s: %s holds %q and no quorate.yaml: it is not a demo's",
+					d.dir, d.nodeDir(i), entries[0].Name())
 			}
 			continue
 		}
