@@ -1,6 +1,7 @@
 package capture
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -120,10 +121,12 @@ func (a *assembler) relation(oid uint32) (*plan, error) {
 	if r == nil {
 		return nil, errJournal
 	}
-	if a.shown[oid] != r {
+	if shown := a.shown[oid]; shown != r {
 		a.shown[oid] = r
-		if err := a.out.write(r.framed); err != nil {
-			return nil, err
+		if shown == nil || !bytes.Equal(shown.framed, r.framed) {
+			if err := a.out.write(r.framed); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return a.plan(r)

@@ -197,6 +197,9 @@ func (j *journal) stretch(from, to int64, visit func([]byte) error) error {
 		if err := readRecords(io.NewSectionReader(j.file, from, border-from), visit); err != nil {
 			return err
 		}
+		if to <= j.flushed {
+			return nil
+		}
 		from = border
 	}
 	for rest := j.tail[from-j.flushed : to-j.flushed]; len(rest) > 0; {
