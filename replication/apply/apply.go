@@ -76,7 +76,7 @@ type Config struct {
 	// more is used when a local transaction is lost. Default 4.
 	Workers int
 	// MaxItems and MaxBytes bound what is queued or being applied; Enqueue waits beyond. A single larger transaction
-	// is let in when it is alone. Defaults 4096 and 64 MiB.
+	// is let in when it is alone. Defaults 4096, at most 16384, and 64 MiB.
 	MaxItems int
 	MaxBytes int
 	// GroupItems, GroupRows and GroupBytes bound how much is merged into one transaction when the workers cannot
@@ -105,6 +105,7 @@ type Config struct {
 func (c Config) withDefaults() Config {
 	setDefault(&c.Workers, 4)
 	setDefault(&c.MaxItems, 4096)
+	c.MaxItems = min(c.MaxItems, maxItems)
 	setDefault(&c.MaxBytes, 64<<20)
 	setDefault(&c.GroupItems, 32)
 	setDefault(&c.GroupRows, 1000)

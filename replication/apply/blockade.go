@@ -150,7 +150,7 @@ func (m *monitor) ask(ctx context.Context, due []blocked, now time.Time) error {
 			return fmt.Errorf("connect: %w", err)
 		}
 		m.conn = c
-		if err := exec(ctx, c, sessionSettings+"; SET application_name = 'quorate_apply_monitor'"); err != nil {
+		if err := exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+"monitor'"); err != nil {
 			return err
 		}
 	}

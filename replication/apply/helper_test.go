@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -268,6 +271,22 @@ func (s *started) await(csn txn.CSN) {
 	}
 }
 
+// idleWorkers waits until that many workers are connected and idle.
+func (s *started) idleWorkers(n int) {
+	s.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		idle := len(s.idle)
+		s.mu.Unlock()
+		if idle == n {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("%d workers are idle, not %d", idle, n)
+		}
+	}
+}
+
 func (s *started) apply(items []Item) {
 	s.t.Helper()
 	s.enqueue(items...)
@@ -285,4 +304,67 @@ func (c *cluster) equal(tables ...string) {
 			c.t.Errorf("%s differs: source %s, target %s", table, want, got)
 		}
 	}
+}
+
+// killOneBackend kills one server process as a crash would, and waits until the server is back.
+func killOneBackend(t *testing.T, c *cluster) {
+	t.Helper()
+	victim := c.connect("dst")
+	if err := syscall.Kill(int(victim.PgConn().PID()), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reconnect connects once the server accepts connections again.
+func (c *cluster) reconnect(database string) *pgx.Conn {
+	c.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		conn, err := pgconn.Connect(c.t.Context(), c.server.ConnString(database))
+		if err == nil {
+			_ = conn.Close(c.t.Context())
+			return c.connect(database)
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("the server does not come back: %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// watchHeap keeps the largest growth of the heap in highest until done is called.
+func watchHeap(highest *atomic.Uint64) (done func()) {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	base := m.HeapAlloc
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(20 * time.Millisecond):
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				if m.HeapAlloc > base {
+					highest.Store(max(highest.Load(), m.HeapAlloc-base))
+				}
+			}
+		}
+	}()
+	return func() { close(stop); <-ended }
+}
+
+// eventually waits until a query in dst gives that result.
+func (c *cluster) eventually(sql, want string) {
+	c.t.Helper()
+	got := ""
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if got = c.text(c.dst, sql); got == want {
+			return
+		}
+	}
+	c.t.Fatalf("%s: %s, not %s", sql, got, want)
 }

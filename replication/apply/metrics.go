@@ -68,9 +68,9 @@ func (m *metrics) applied(e *entry) {
 	m.group.Observe(float64(len(e.items)))
 }
 
-func (m *metrics) executed(d time.Duration) { m.execution.Observe(d.Seconds()) }
-func (m *metrics) published(d time.Duration)          { m.publishing.Observe(d.Seconds()) }
-func (m *metrics) evicted(kind string)                { m.evictions.WithLabelValues(kind).Inc() }
+func (m *metrics) executed(d time.Duration)  { m.execution.Observe(d.Seconds()) }
+func (m *metrics) published(d time.Duration) { m.publishing.Observe(d.Seconds()) }
+func (m *metrics) evicted(kind string)       { m.evictions.WithLabelValues(kind).Inc() }
 
 func (m *metrics) retry(cause error) {
 	reason := "data" // a row was not what it must be: it was tried too early, or the node has diverged

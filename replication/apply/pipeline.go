@@ -64,6 +64,7 @@ type Pipeline struct {
 	applied      atomic.Uint64 // CSN
 	appliedIndex atomic.Uint64
 	inFlight     atomic.Uint64 // last CSN of the entry whose COMMIT is on its way; 0: none
+	truncated    atomic.Uint64 // the era in which the other one's progress table was truncated
 	generation   atomic.Uint64 // raised when DDL became visible: statements and relations are looked up anew
 
 	mu        sync.Mutex
@@ -79,7 +80,7 @@ type Pipeline struct {
 	// suspended: the server may have restarted. Nothing is committed until that is known; see verify.
 	suspended bool
 	epoch     string // identifies one run of the server's shared memory
-	fromLog   bool   // what became visible last was committed by a worker, whose origin's progress proves it
+	fromLog   bool   // what became visible last was committed by a worker, which the progress proves
 	failure   error
 
 	waiters waiters

@@ -9,34 +9,16 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/quorate/quorate/internal/logkey"
-	"github.com/quorate/quorate/txn"
 )
 
 // identify tells one life of the server's shared memory from the next, by its checkpointer: that is replaced only
 // when all server processes are, after a restart of the server or the crash of any one process. In either case the
-// asynchronous commits that were not on disk are gone. Beside it stands the highest progress of our origins.
+// asynchronous commits that were not on disk are gone. Beside it stands the workers' progress.
 const identify = `SELECT (SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'), ` + highestProgress
-
-const highestProgress = `(SELECT coalesce(max(remote_lsn), '0/0') - '0/0' FROM pg_replication_origin_status WHERE external_id LIKE 'quorate\_apply\_%')`
-
-// Progress returns the highest CSN that a transaction applied from the log has in this database cluster, after a crash
-// of either PostgreSQL or the sidecar: remote transactions up to it are committed, later ones are not. What it says of
-// local ones only pg_xact_status knows. It first ends what is left of apply sessions of an earlier life, which might
-// commit yet. conn is a superuser's.
-func Progress(ctx context.Context, conn *pgconn.PgConn) (txn.CSN, error) {
-	if err := endSessions(ctx, conn, OriginPrefix+"%"); err != nil {
-		return 0, fmt.Errorf("read origin progress: end earlier apply sessions: %w", err)
-	}
-	rows, err := query(ctx, conn, "SELECT "+highestProgress)
-	if err != nil {
-		return 0, fmt.Errorf("read origin progress: %w", err)
-	}
-	return parseProgress(rows)
-}
 
 // verify is called for every new session before it is used. If the server has lost its memory since the last one, it
 // decides whether everything that was visible still is. Commits are in WAL order, so only the latest matters: if a
-// worker made it, an origin's progress tells. A local one's xid may have been given out again by now, so then, and
+// worker made it, the progress tells. A local one's xid may have been given out again by now, so then, and
 // while local transactions are queued, the answer has to come from where the recovery after a crash gets it.
 func (p *Pipeline) verify(s *session) error {
 	rows, err := s.query(identify)
@@ -128,7 +110,11 @@ func (p *Pipeline) holdConnection(ctx context.Context) (held bool, err error) {
 }
 
 func watchingSession(ctx context.Context, c *pgconn.PgConn) (*session, error) {
-	if err := exec(ctx, c, sessionSettings+"; SET application_name = 'quorate_apply_watch'"); err != nil {
+	err := exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+"watch'")
+	if err == nil {
+		err = prepareProgress(ctx, c)
+	}
+	if err != nil {
 		_ = c.Close(ctx)
 		return nil, fmt.Errorf("prepare session: %w", err)
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// OriginPrefix begins the names of the replication origins, and of the sessions, that apply uses.
-const OriginPrefix = "quorate_apply_"
+// sessionPrefix begins the names (application_name) of all sessions of this package, and of the workers' origins.
+const sessionPrefix = "quorate_apply_"
 
 // sessionSettings make every node compute the same from the same change, whatever a database or role has set.
 // Capture writes values under the same output settings. Sequential scans are discouraged because a plan made while a
@@ -68,6 +68,7 @@ type session struct {
 	change     rowChange
 	shape      []byte
 	params     []column
+	number     []byte
 }
 
 // expectation is a reply that is due.
@@ -84,7 +85,7 @@ func openSession(ctx context.Context, connect func(context.Context) (*pgconn.PgC
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
 	}
-	origin := OriginPrefix + strconv.Itoa(n)
+	origin := sessionPrefix + strconv.Itoa(n)
 	if err := takeOrigin(ctx, c, origin); err != nil {
 		_ = c.Close(ctx)
 		return nil, fmt.Errorf("prepare apply session: %w", err)
@@ -111,12 +112,16 @@ func hijack(ctx context.Context, c *pgconn.PgConn) (*session, error) {
 	return s, nil
 }
 
-// takeOrigin configures the session and takes its origin, which a session of an earlier life may still hold.
+// takeOrigin configures the session and takes its origin, which a session of an earlier life may still hold. All that
+// the origin does is to mark what is written as replayed, so that capture does not see it.
 func takeOrigin(ctx context.Context, c *pgconn.PgConn, origin string) error {
 	if err := exec(ctx, c, sessionSettings+"; SET application_name = '"+origin+"'"); err != nil {
 		return err
 	}
 	if err := endSessions(ctx, c, origin); err != nil {
+		return err
+	}
+	if err := prepareProgress(ctx, c); err != nil {
 		return err
 	}
 	return exec(ctx, c, fmt.Sprintf(`SELECT pg_catalog.pg_replication_origin_create('%[1]s') WHERE pg_catalog.pg_replication_origin_oid('%[1]s') IS NULL;
@@ -292,12 +297,12 @@ func (s *session) query(sql string, args ...string) ([][]string, error) {
 	}
 }
 
-// begin starts a transaction whose commit moves the origin's progress to csn.
+// begin starts a transaction whose commit moves the progress to csn.
 func (s *session) begin(csn txn.CSN) {
 	s.execute("BEGIN", nil)
-	position := txn.LSN(csn).String()
-	s.params = append(s.params[:0], column{kind: kindText, data: []byte(position)})
-	s.execute("SELECT pg_catalog.pg_replication_origin_xact_setup($1::pg_catalog.pg_lsn, pg_catalog.now())", s.params)
+	s.number = strconv.AppendUint(s.number[:0], uint64(csn), 10)
+	s.params = append(s.params[:0], column{kind: kindText, data: s.number})
+	s.execute(insertProgress[era(csn)%2], s.params)
 	s.expected.push(expectation{})
 	s.expected.push(expectation{})
 }

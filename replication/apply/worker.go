@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -256,6 +255,10 @@ func (w *worker) changes(csn txn.CSN, changes []byte) error {
 			}
 		}
 		if err != nil {
+			var d *Divergence
+			if errors.As(err, &d) && d.CSN == 0 {
+				d.CSN = csn
+			}
 			if errors.Is(err, txn.ErrCorrupt) {
 				return fmt.Errorf("apply transaction %d: %w", csn, err)
 			}
@@ -290,11 +293,19 @@ func (w *worker) commit(ctx context.Context, e *entry) error {
 	}
 	w.p.metrics.published(time.Since(start))
 	w.p.visible(e, true)
+	if w.p.dueForTruncation(e.last) {
+		if err := w.session.truncateProgress(e.last); err != nil {
+			w.p.log.Info("progress table is not truncated now", logkey.Error, err)
+			if isConnection(err) || w.session.rollback() != nil {
+				w.disconnect()
+			}
+		}
+	}
 	return nil
 }
 
-// fate finds out, after the connection was lost, whether e is committed: if its COMMIT was sent, the progress of the
-// worker's origin tells. Taking the origin again, in connect, has ended the old server process first.
+// fate finds out, after the connection was lost, whether e is committed: if its COMMIT was sent, the progress tells.
+// Taking the origin again, in connect, has ended the old server process first.
 func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 	w.p.mu.Lock()
 	sent := e.state == stateCommitting
@@ -310,12 +321,12 @@ func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 		if err := w.connect(ctx); err != nil {
 			return err
 		}
-		rows, err := w.session.query("SELECT coalesce(pg_replication_origin_progress($1, false), '0/0') - '0/0'", OriginPrefix+strconv.Itoa(w.number))
+		rows, err := w.session.query("SELECT " + highestProgress)
 		if errors.Is(err, errConnection) {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("read origin progress: %w", err)
+			return fmt.Errorf("read progress: %w", err)
 		}
 		progress, err := parseProgress(rows)
 		if err != nil {
@@ -328,17 +339,6 @@ func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 		w.p.log.Warn("a COMMIT was lost, applying again", logkey.CSN, uint64(e.last), logkey.Error, cause)
 		return errEvicted // nothing to roll back
 	}
-}
-
-func parseProgress(rows [][]string) (txn.CSN, error) {
-	if len(rows) != 1 || len(rows[0]) == 0 {
-		return 0, fmt.Errorf("read origin progress: %d rows", len(rows))
-	}
-	n, err := strconv.ParseUint(rows[0][len(rows[0])-1], 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("read origin progress: %w", err)
-	}
-	return txn.CSN(n), nil
 }
 
 func (p *Pipeline) setState(e *entry, s state) {

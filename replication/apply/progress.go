@@ -1,0 +1,100 @@
+package apply
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/txn"
+)
+
+// Each transaction that a worker applies also inserts its CSN into one of two tables without an index. So the highest
+// CSN there is exactly how far the workers have come, whatever crashed, and costs a few microseconds.
+//
+// A replication origin's remote_lsn, made for this, does not serve: the server moves it also when a transaction
+// aborts (RecordTransactionAbort), so a worker that dies while it holds its COMMIT would count as having committed.
+// One row for each worker, updated in place, would grow an ever longer chain of versions under an old snapshot.
+//
+// The tables take turns, an era of CSNs each. In the middle of an era the other table holds only what is superseded
+// and is truncated.
+const (
+	eraBits  = 16
+	halfEra  = 1 << (eraBits - 1)
+	maxItems = halfEra / 2 // what is in the queue never reaches into the next era when the other table is truncated
+)
+
+var progressTables = [2]string{"quorate.applied_even", "quorate.applied_odd"}
+
+const (
+	haveProgress = `SELECT to_regclass('quorate.applied_even') IS NOT NULL AND to_regclass('quorate.applied_odd') IS NOT NULL`
+	// The lock, for the transaction, keeps two sessions from creating them at once.
+	createProgress = `SELECT pg_advisory_xact_lock(hashtextextended('quorate.applied', 0));
+CREATE SCHEMA IF NOT EXISTS quorate;
+CREATE TABLE IF NOT EXISTS quorate.applied_even (csn bigint NOT NULL) WITH (autovacuum_enabled = off);
+CREATE TABLE IF NOT EXISTS quorate.applied_odd (csn bigint NOT NULL) WITH (autovacuum_enabled = off)`
+	highestProgress = `(SELECT coalesce(max(csn), 0) FROM (SELECT csn FROM quorate.applied_even UNION ALL SELECT csn FROM quorate.applied_odd) AS both_eras)`
+)
+
+var insertProgress = [2]string{
+	"INSERT INTO quorate.applied_even VALUES ($1)",
+	"INSERT INTO quorate.applied_odd VALUES ($1)",
+}
+
+func era(csn txn.CSN) uint64 { return uint64(csn) >> eraBits }
+
+// prepareProgress creates the tables where they are missing.
+func prepareProgress(ctx context.Context, c *pgconn.PgConn) error {
+	rows, err := query(ctx, c, haveProgress)
+	if err != nil || rows[0][0] == "t" {
+		return err
+	}
+	return exec(ctx, c, createProgress)
+}
+
+// Progress returns the highest CSN that a transaction applied from the log has in this database, after a crash of
+// PostgreSQL, the sidecar or both: of the transactions that this node applies from the log, those up to it are
+// committed and later ones are not. What became of the node's own, only pg_xact_status knows. It first ends what is
+// left of apply sessions of an earlier life, which might commit yet. conn is a superuser's, in the database that is
+// applied to.
+func Progress(ctx context.Context, conn *pgconn.PgConn) (txn.CSN, error) {
+	if err := endSessions(ctx, conn, sessionPrefix+"%"); err != nil {
+		return 0, fmt.Errorf("read progress: end earlier apply sessions: %w", err)
+	}
+	rows, err := query(ctx, conn, haveProgress)
+	if err != nil {
+		return 0, fmt.Errorf("read progress: %w", err)
+	}
+	if rows[0][0] != "t" {
+		return 0, nil // nothing was ever applied
+	}
+	if rows, err = query(ctx, conn, "SELECT "+highestProgress); err != nil {
+		return 0, fmt.Errorf("read progress: %w", err)
+	}
+	return parseProgress(rows)
+}
+
+// parseProgress reads the last column of the only row.
+func parseProgress(rows [][]string) (txn.CSN, error) {
+	if len(rows) != 1 || len(rows[0]) == 0 {
+		return 0, fmt.Errorf("read progress: %d rows", len(rows))
+	}
+	n, err := strconv.ParseUint(rows[0][len(rows[0])-1], 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read progress: %w", err)
+	}
+	return txn.CSN(n), nil
+}
+
+// dueForTruncation reports, once for each era, that the other era's table is to be truncated.
+func (p *Pipeline) dueForTruncation(csn txn.CSN) bool {
+	return uint64(csn)%(2*halfEra) >= halfEra && p.truncated.Swap(era(csn)) != era(csn)
+}
+
+// truncateProgress empties the table of the other eras. If somebody reads it at present, then next time: what is in
+// there only takes space.
+func (s *session) truncateProgress(csn txn.CSN) error {
+	other := progressTables[(era(csn)+1)%2]
+	return s.simple("BEGIN; SET LOCAL lock_timeout = '20ms'; TRUNCATE " + other + "; COMMIT")
+}
