@@ -320,6 +320,28 @@ func TestCheckSettings(t *testing.T) {
 			if err := pgserver.CheckSettings(t.Context(), connect(t, s), size); err != nil {
 				t.Fatalf("a node's own settings: %v", err)
 			}
+			// A session that asked for something else is not what is judged.
+			asked, err := pgconn.Connect(t.Context(), s.ConnString("postgres")+" default_transaction_read_only=off")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := pgserver.CheckSettings(t.Context(), asked, size); err != nil {
+				t.Errorf("asked by a session that may write: %v", err)
+			}
+			query(t, asked, "ALTER ROLE postgres SET default_transaction_read_only = no")
+			again, err := pgconn.Connect(t.Context(), s.ConnString("postgres")+" default_transaction_read_only=off")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := pgserver.CheckSettings(t.Context(), again, size); err == nil || !strings.Contains(err.Error(), "default_transaction_read_only") {
+				t.Errorf("with a default of the role that will not do: %v", err)
+			}
+			query(t, again, "ALTER ROLE postgres RESET default_transaction_read_only")
+			for _, c := range []*pgconn.PgConn{asked, again} {
+				if err := c.Close(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
 			// What a server has that knows nothing of us.
 			cfg := s.Config()
 			cfg.Settings = nil

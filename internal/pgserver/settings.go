@@ -188,12 +188,29 @@ func (e *SettingsError) Error() string {
 	return b.String()
 }
 
+// effectiveSettings lists what a new session gets that asks for nothing. That is reset_val, defaults of role and database
+// included, except where this session asked for something when it connected, as a node's own sessions do for
+// default_transaction_read_only: then the defaults have to be looked up in the order in which the server does.
+const effectiveSettings = `
+SELECT s.name, CASE WHEN s.source <> 'client' THEN s.reset_val
+	WHEN s.vartype = 'bool' THEN CASE WHEN d.value::boolean THEN 'on' ELSE 'off' END
+	ELSE d.value END, s.context, s.pending_restart
+FROM pg_catalog.pg_settings s, LATERAL (SELECT COALESCE(
+	(SELECT pg_catalog.substr(c, pg_catalog.length(s.name) + 2)
+		FROM pg_catalog.pg_db_role_setting r, pg_catalog.unnest(r.setconfig) c
+		WHERE s.source = 'client' AND pg_catalog.starts_with(c, s.name || '=')
+		AND r.setdatabase IN (0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
+		AND r.setrole IN (0, (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = session_user))
+		ORDER BY r.setrole = 0, r.setdatabase = 0 LIMIT 1),
+	(SELECT f.setting FROM pg_catalog.pg_file_settings f
+		WHERE s.source = 'client' AND f.name = s.name AND f.error IS NULL ORDER BY f.seqno DESC LIMIT 1),
+	s.boot_val)) AS d (value)
+UNION ALL SELECT 'server_version_num', pg_catalog.current_setting('server_version_num'), '', false`
+
 // CheckSettings judges the server at the other end of conn, an attached one or a managed one whose operator used ALTER
 // SYSTEM. The error is a *SettingsError if the server answered and will not do.
 func CheckSettings(ctx context.Context, conn *pgconn.PgConn, z Sizing) error {
-	// reset_val: what a new session gets, defaults of this role and database included, whatever this session has set.
-	results, err := conn.Exec(ctx, `SELECT name, reset_val, context, pending_restart FROM pg_catalog.pg_settings
-		UNION ALL SELECT 'server_version_num', pg_catalog.current_setting('server_version_num'), '', false`).ReadAll()
+	results, err := conn.Exec(ctx, effectiveSettings).ReadAll()
 	if err != nil {
 		return fmt.Errorf("read settings: %w", err)
 	}
