@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -26,11 +27,14 @@ const (
 	exitUsage   = 2 // the command line or the configuration is wrong; nothing was touched
 )
 
-// run is the whole program. The first SIGINT or SIGTERM ends the command in good order, a second one the process.
+// run is the whole program. The first SIGINT or SIGTERM ends the command in good order, one more than a second
+// later the process.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop) // from then on a signal does what it does by default
+	// Some time later a signal does what it does by default. Not at once: one wish to stop may come as several signals,
+	// from the kernel too, which tells a child of the death of each thread of its parent.
+	context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, stop) })
 
 	understood := false // whether the command line made sense
 	root := &cobra.Command{

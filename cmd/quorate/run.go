@@ -24,7 +24,7 @@ func runCommand() *cobra.Command {
 		Use:   "run --config FILE",
 		Short: "Run one node",
 		Long: "Run one node until SIGINT or SIGTERM, which stop it and the PostgreSQL that it manages. " +
-			"A second signal ends the process at once and leaves PostgreSQL running; the next start takes it over.",
+			"Another signal more than a second later ends the process at once and leaves PostgreSQL running; the next start takes it over.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file == "" {
