@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -86,12 +87,17 @@ func (n *Node) openReplication(context.Context) error {
 	return nil
 }
 
+var errEnded = errors.New("ended without an error")
+
 // run runs a part of the node until the node ends; if the part ends before, so does the node.
 func (n *Node) run(name string, f func(context.Context) error) {
 	n.group.Go(func() error {
 		err := f(n.ctx)
+		if err == nil {
+			err = errEnded
+		}
 		if n.ctx.Err() == nil {
-			n.fail(fmt.Errorf("%s has ended: %w", name, err))
+			n.fail(fmt.Errorf("%s: %w", name, err))
 		}
 		return nil
 	})

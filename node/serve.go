@@ -15,7 +15,6 @@ import (
 	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/gateway"
-	"github.com/quorate/quorate/internal/logkey"
 )
 
 // openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
@@ -106,16 +105,17 @@ func (n *Node) openHTTP(ctx context.Context) error {
 func (n *Node) openGateway(context.Context) error {
 	network, address := n.serverAddress()
 	g := gateway.New(gateway.Config{
-		Listen:        n.cfg.Listen.Gateway,
-		ServerNetwork: network,
-		ServerAddress: address,
-		Database:      n.cfg.Postgres.Database,
-		Coordinator:   coordinator{n},
-		Accepting:     n.accepting,
-		MaxSessions:   n.cfg.Limits.Clients,
-		MaxMessage:    int(n.cfg.Limits.Message),
-		Logger:        n.log.With(logkey.Component, "gateway"),
-		Registerer:    n.metrics,
+		Listen:         n.cfg.Listen.Gateway,
+		ServerNetwork:  network,
+		ServerAddress:  address,
+		Database:       n.cfg.Postgres.Database,
+		Coordinator:    coordinator{n},
+		Accepting:      n.accepting,
+		Terminate:      n.terminate,
+		MaxConnections: n.cfg.Limits.Clients,
+		MaxMessage:     int(n.cfg.Limits.Message),
+		Logger:         n.log,
+		Registerer:     n.metrics,
 	})
 	if err := g.Open(); err != nil {
 		return err
@@ -123,4 +123,17 @@ func (n *Node) openGateway(context.Context) error {
 	n.gateway.Store(g)
 	n.onClose(func(context.Context) error { return g.Close() })
 	return nil
+}
+
+// terminate ends a server backend that does not let go of its transaction.
+func (n *Node) terminate(ctx context.Context, pid uint32) error {
+	conn, err := n.connect(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = conn.Exec(ctx, fmt.Sprintf("SELECT pg_terminate_backend(%d)", pid)).ReadAll()
+	if err != nil {
+		err = fmt.Errorf("terminate backend %d: %w", pid, err)
+	}
+	return errors.Join(err, closeConn(ctx, conn))
 }
