@@ -1,0 +1,181 @@
+package gateway
+
+import (
+	"context"
+	"strconv"
+	"time"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+)
+
+// evictRetry is how often a statement that has not ended is cancelled again: the request may have come between two
+// statements, or an exception handler may have caught it.
+const evictRetry = 50 * time.Millisecond
+
+// beginEvict reports whether an eviction is to be started: not if one is at work, or the session ends anyway.
+func (s *session) beginEvict() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.evicting || s.ended {
+		return false
+	}
+	s.evicting = true
+	return true
+}
+
+// evict makes the transaction in progress let go, so that log entry by can be applied. If it does not within the
+// configured time, its backend is ended.
+func (s *session) evict(by txn.CSN) {
+	defer func() {
+		s.mu.Lock()
+		s.evicting = false
+		s.changed.Broadcast()
+		s.mu.Unlock()
+	}()
+	s.g.metrics.evicted.Inc()
+	s.mu.Lock()
+	txns := s.txns
+	s.mu.Unlock()
+	deadline := time.Now().Add(s.g.cfg.EvictTimeout)
+	for !s.tryEvict(by, txns) {
+		if time.Now().After(deadline) {
+			s.terminate(by)
+			return
+		}
+		select {
+		case <-time.After(evictRetry):
+		case <-s.g.ctx.Done():
+			return
+		}
+	}
+}
+
+// tryEvict does what can be done now. It returns true when the transaction has let go or is about to by itself.
+func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
+	// A client that sends a long message holds this; then it is in the middle of a statement, and cancelling is all.
+	free := s.wmu.TryLock()
+	if free {
+		defer s.wmu.Unlock()
+	}
+	s.mu.Lock()
+	if s.ended || s.txns != txns || s.phase == phaseReleased {
+		s.mu.Unlock()
+		return true
+	}
+	if s.phase == phaseDeciding {
+		if s.undone || !free {
+			s.mu.Unlock()
+			return s.undone
+		}
+		s.undone, s.evicted, s.evictor = true, true, by
+		commit := s.commit
+		s.mu.Unlock()
+		s.ensurePrepared()
+		s.toServer.buf = append(s.toServer.buf, runRollback...)
+		if err := s.flushServerLocked(); err != nil {
+			s.log.Warn("roll back evicted transaction", logkey.Error, err) // the server loop will meet it too
+		}
+		commit.Lost()
+		return true
+	}
+	if s.phase == phaseNone && s.head == len(s.queue) {
+		if s.status == 'I' || s.skipping || s.cleared {
+			s.mu.Unlock()
+			return true
+		}
+		if !free || len(s.toServer.buf) > 0 {
+			s.mu.Unlock()
+			return false // the client has just begun something
+		}
+		s.evictor, s.cleared = by, true
+		if s.status == 'T' {
+			s.poison = evictedError(by)
+		}
+		s.queue = append(s.queue, reply{until: opEvict})
+		s.mu.Unlock()
+		s.sendClear(by)
+		return true
+	}
+	// A statement is running.
+	s.evicted, s.evictor = true, by
+	copying := s.copying
+	s.cancels++
+	s.hurried = true
+	s.mu.Unlock()
+	if copying && free {
+		b, at := begin(s.toServer.buf, 'f')
+		s.toServer.buf = end(appendCString(b, "aborted by a replicated transaction"), at)
+		if err := s.flushServerLocked(); err != nil {
+			s.log.Warn("end COPY of evicted transaction", logkey.Error, err)
+		}
+	}
+	_ = s.client.SetWriteDeadline(time.Now()) // frees the server loop from a client that does not read
+	s.sendCancel()
+	s.mu.Lock()
+	s.cancels--
+	s.changed.Broadcast()
+	s.mu.Unlock()
+	return false
+}
+
+// sendClear rolls the block back and leaves a failed one in its place: it holds no locks, and whatever the client
+// does next is answered by the server as in any failed block.
+func (s *session) sendClear(by txn.CSN) {
+	s.ensurePrepared()
+	b := appendRun(s.toServer.buf, stRollback)
+	b = appendHidden(b, "BEGIN")
+	b = appendHidden(b, "SELECT 'aborted by replicated transaction "+strconv.FormatUint(uint64(by), 10)+"'::pg_catalog.int4")
+	s.toServer.buf = appendSync(b)
+	if err := s.flushServerLocked(); err != nil {
+		s.log.Warn("roll back evicted transaction", logkey.Error, err) // the server loop will meet it too
+	}
+}
+
+// conductEvict swallows the server's answer to sendClear.
+func (s *session) conductEvict(m message) error {
+	status, _, err := s.swallow(m)
+	if err != nil {
+		return err
+	}
+	s.g.metrics.aborts.WithLabelValues(txn.AbortEvicted.String()).Inc()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status = status
+	s.popLocked()
+	return nil
+}
+
+// terminate ends the backend of a transaction that does not let go.
+func (s *session) terminate(by txn.CSN) {
+	s.log.Warn("terminating a backend that does not let go of its transaction", logkey.CSN, by)
+	if s.g.cfg.Terminate != nil {
+		ctx, cancel := context.WithTimeout(s.g.ctx, s.g.cfg.EvictTimeout)
+		defer cancel()
+		if err := s.g.cfg.Terminate(ctx, s.pid); err != nil {
+			s.log.Error("terminate backend", logkey.Error, err)
+		}
+	}
+	s.mu.Lock()
+	s.stopping = true
+	s.mu.Unlock()
+	_ = s.client.SetDeadline(time.Now().Add(time.Second))
+	_ = s.toServer.conn.Close() // the server loop ends the session
+}
+
+// cancelByClient passes a client's cancel request on. A commit that waits for its verdict cannot be cancelled, as in
+// PostgreSQL, and above all the request must not meet the COMMIT that is released.
+func (s *session) cancelByClient() {
+	s.mu.Lock()
+	if s.phase == phaseDeciding || s.phase == phaseReleased || s.head == len(s.queue) || s.ended {
+		s.mu.Unlock()
+		return
+	}
+	s.cancels++
+	s.mu.Unlock()
+	s.sendCancel()
+	s.mu.Lock()
+	s.cancels--
+	s.changed.Broadcast()
+	s.mu.Unlock()
+}

@@ -1,0 +1,330 @@
+// Package gateway is what clients connect to: a listener that speaks the PostgreSQL protocol, gives each client a
+// connection of its own to the node's PostgreSQL server and relays what they say to each other. It steps in where
+// one server would decide alone and a cluster must not: it holds back every COMMIT of a transaction that wrote until
+// the coordinator says that its turn in the order has come, puts statements that write outside a block into one, and
+// refuses what cannot be replicated. DESIGN.md in this directory has the mechanism.
+package gateway
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+)
+
+// Coordinator orders transactions. Its methods may be called from any goroutine.
+type Coordinator interface {
+	// Applied is the CSN up to which everything is visible in this node's server. Called before every transaction's
+	// first snapshot, so it must be cheap.
+	Applied() txn.CSN
+	// Begin registers an attempt to commit the transaction that runs in backend pid and took its first snapshot no
+	// earlier than base. An error means that nothing was registered; txn.ErrNoQuorum has its own SQLSTATE.
+	Begin(ctx context.Context, base txn.CSN, pid uint32) (Commit, error)
+}
+
+// Commit is one attempt to commit. Lost may be called while Next blocks; otherwise one goroutine uses it.
+type Commit interface {
+	GID() txn.GID
+	// Seen is what was visible here before the marker.
+	Seen() txn.CSN
+	// Next blocks for the next step; see txn.Step.
+	Next(ctx context.Context) (txn.Event, error)
+	// Committed, after StepRelease: the server said COMMIT.
+	Committed()
+	// Lost: the local transaction is gone or must go. Next then yields StepAbort, StepVisible or StepUnknown.
+	Lost()
+	// Close ends the attempt. Before the marker was sent it forgets the GID.
+	Close()
+}
+
+// Config configures a Gateway.
+type Config struct {
+	// Listen is the address to listen on, "host:port".
+	Listen string
+	// ServerNetwork and ServerAddress are the node's PostgreSQL server as net.Dial takes them: "unix" with the path of
+	// the socket, or "tcp" with host:port. PostgreSQL authenticates the client by what its pg_hba.conf says of *this*
+	// connection, so it must not be one that is trusted more than the gateway's clients are.
+	ServerNetwork, ServerAddress string
+	// Database is the one database that is served.
+	Database string
+	// Coordinator orders transactions.
+	Coordinator Coordinator
+	// Accepting says whether the node takes clients; its error's text is told to them (57P03). nil accepts always.
+	Accepting func() error
+	// Terminate ends a server backend that does not let go of its transaction (pg_terminate_backend on a connection of
+	// the node's own). The gateway closes its connection in any case, but a backend that is stuck in a computation
+	// notices that late. nil does no more than that.
+	Terminate func(ctx context.Context, pid uint32) error
+	// TLS, if set, is offered to clients; nil answers that TLS is not available.
+	TLS *tls.Config
+	// MaxConnections is the number of clients at a time; 0 means 100.
+	MaxConnections int
+	// MaxMessage is the largest protocol message relayed, in bytes; 0 means 1 GiB, as in PostgreSQL. Large messages are
+	// streamed, not held in memory, except statements.
+	MaxMessage int
+	// MaxStatement is the longest statement text, in bytes; 0 means 64 MiB. It is held in memory to be read.
+	MaxStatement int
+	// StartupTimeout bounds the time from connecting to being ready; 0 means 60 s.
+	StartupTimeout time.Duration
+	// EvictTimeout is how long a session may take to let go of a transaction that must make way before its backend is
+	// terminated; 0 means 2 s.
+	EvictTimeout time.Duration
+	// Registerer takes the metrics; nil registers none.
+	Registerer prometheus.Registerer
+	// Logger; nil discards.
+	Logger *slog.Logger
+}
+
+func (c *Config) setDefaults() {
+	if c.MaxConnections == 0 {
+		c.MaxConnections = 100
+	}
+	if c.MaxMessage == 0 {
+		c.MaxMessage = 1 << 30
+	}
+	if c.MaxStatement == 0 {
+		c.MaxStatement = 64 << 20
+	}
+	if c.StartupTimeout == 0 {
+		c.StartupTimeout = 60 * time.Second
+	}
+	if c.EvictTimeout == 0 {
+		c.EvictTimeout = 2 * time.Second
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Gateway accepts clients. Its methods may be called from any goroutine.
+type Gateway struct {
+	cfg      Config
+	log      *slog.Logger
+	metrics  *metrics
+	writing  statementSet
+	listener net.Listener
+	ctx      context.Context
+	cancel   context.CancelCauseFunc
+	wg       sync.WaitGroup
+	draining atomic.Bool
+	clients  atomic.Int64 // admitted: counted against MaxConnections
+
+	mu       sync.Mutex
+	conns    map[net.Conn]struct{} // every client connection, so that Close can end those still starting up
+	sessions map[uint32]*session   // by the process id of the server backend
+	idle     chan struct{}         // closed when sessions is empty, if not nil
+}
+
+// New returns a Gateway that does nothing until Open.
+func New(cfg Config) *Gateway {
+	cfg.setDefaults()
+	g := &Gateway{
+		cfg:      cfg,
+		log:      cfg.Logger.With(logkey.Component, "gateway"),
+		metrics:  newMetrics(),
+		conns:    make(map[net.Conn]struct{}),
+		sessions: make(map[uint32]*session),
+	}
+	g.ctx, g.cancel = context.WithCancelCause(context.Background())
+	return g
+}
+
+// Open listens and begins to accept. The Gateway runs until Close.
+func (g *Gateway) Open() error {
+	if g.cfg.Coordinator == nil {
+		return errors.New("open gateway: no coordinator")
+	}
+	if err := g.metrics.register(g.cfg.Registerer); err != nil {
+		return fmt.Errorf("register gateway metrics: %w", err)
+	}
+	l, err := net.Listen("tcp", g.cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("open gateway: %w", err)
+	}
+	g.listener = l
+	g.wg.Add(1)
+	go g.accept()
+	g.log.Info("gateway listens", logkey.Address, l.Addr().String())
+	return nil
+}
+
+// Addr is the address clients connect to; nil before Open.
+func (g *Gateway) Addr() net.Addr {
+	if g.listener == nil {
+		return nil
+	}
+	return g.listener.Addr()
+}
+
+func (g *Gateway) accept() {
+	defer g.wg.Done()
+	for {
+		conn, err := g.listener.Accept()
+		if err != nil {
+			if g.ctx.Err() != nil || g.draining.Load() || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Out of file descriptors, most likely: others may end. Waiting is all one can do.
+			g.log.Warn("accept client", logkey.Error, err)
+			select {
+			case <-time.After(50 * time.Millisecond):
+			case <-g.ctx.Done():
+				return
+			}
+			continue
+		}
+		g.mu.Lock()
+		if g.ctx.Err() != nil {
+			g.mu.Unlock()
+			_ = conn.Close() // refused by closing
+			return
+		}
+		g.conns[conn] = struct{}{}
+		g.wg.Add(1)
+		g.mu.Unlock()
+		go func() {
+			defer g.wg.Done()
+			g.serve(conn)
+			g.mu.Lock()
+			delete(g.conns, conn)
+			g.mu.Unlock()
+			_ = conn.Close() // closed twice in most cases
+		}()
+	}
+}
+
+// Drain stops accepting and waits until every session has ended. Sessions that are idle outside a transaction are
+// ended at once, the others when their transaction ends. When ctx ends first it returns the reason; call Close then.
+func (g *Gateway) Drain(ctx context.Context) error {
+	g.draining.Store(true)
+	if g.listener != nil {
+		_ = g.listener.Close() // the only error is that it is closed
+	}
+	g.mu.Lock()
+	idle := make(chan struct{})
+	g.idle = idle
+	if len(g.sessions) == 0 {
+		close(idle)
+		g.idle = nil
+	}
+	for _, s := range g.sessions {
+		s.drain()
+	}
+	g.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("drain gateway: %w", context.Cause(ctx))
+	}
+}
+
+// Close ends everything and waits for it. A commit whose outcome is not known yet is reported as such (08007).
+func (g *Gateway) Close() error {
+	if g == nil {
+		return nil
+	}
+	g.cancel(txn.ErrClosed)
+	if g.listener != nil {
+		_ = g.listener.Close() // the only error is that it is closed
+	}
+	g.mu.Lock()
+	for conn := range g.conns {
+		// Not Close: a session may have one last thing to say. Reads end at once, writes soon.
+		_ = conn.SetReadDeadline(time.Unix(1, 0))
+		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
+	}
+	for _, s := range g.sessions {
+		s.stop()
+	}
+	g.mu.Unlock()
+	g.wg.Wait()
+	g.metrics.unregister(g.cfg.Registerer)
+	return nil
+}
+
+// Evict makes the transaction that runs in backend pid let go of its locks, because log entry by needs them. It
+// returns at once; false means that pid is no session of this gateway. The client gets 40001 and keeps its session.
+func (g *Gateway) Evict(pid uint32, by txn.CSN) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := g.sessions[pid]
+	if s == nil {
+		return false
+	}
+	if s.beginEvict() {
+		g.wg.Add(1)
+		go func() {
+			defer g.wg.Done()
+			s.evict(by)
+		}()
+	}
+	return true
+}
+
+func (g *Gateway) register(s *session) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.ctx.Err() != nil || g.draining.Load() {
+		return errShutdown
+	}
+	g.sessions[s.pid] = s
+	g.metrics.sessions.Inc()
+	return nil
+}
+
+func (g *Gateway) unregister(s *session) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.sessions[s.pid] != s {
+		return
+	}
+	delete(g.sessions, s.pid)
+	g.metrics.sessions.Dec()
+	if len(g.sessions) == 0 && g.idle != nil {
+		close(g.idle)
+		g.idle = nil
+	}
+}
+
+// statementSet remembers by fingerprint which statements write although their text does not show it. Reading takes
+// no lock: the map is replaced, never changed.
+type statementSet struct {
+	mu  sync.Mutex // serialises writers
+	set atomic.Pointer[map[uint64]struct{}]
+}
+
+const maxRemembered = 4096
+
+func (s *statementSet) has(fingerprint uint64) bool {
+	m := s.set.Load()
+	if m == nil {
+		return false
+	}
+	_, ok := (*m)[fingerprint]
+	return ok
+}
+
+func (s *statementSet) add(fingerprint uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.set.Load()
+	fresh := make(map[uint64]struct{})
+	if old != nil && len(*old) < maxRemembered { // when full, begin anew: what still writes will be back
+		for f := range *old {
+			fresh[f] = struct{}{}
+		}
+	}
+	fresh[fingerprint] = struct{}{}
+	s.set.Store(&fresh)
+}
