@@ -19,8 +19,9 @@ import (
 )
 
 // ErrServerRestarted: PostgreSQL crashed or was restarted, and it cannot be told from here whether it still has
-// everything that had become visible, since commits are asynchronous. Nothing is wrong with the node: determine the
-// applied CSN as after a crash of the sidecar, and start a new Pipeline there.
+// everything that had become visible, since commits are asynchronous; or Config.Start is not where the server is.
+// Nothing is wrong with the node: determine the applied CSN as after a crash of the sidecar, and start a new Pipeline
+// there.
 var ErrServerRestarted = errors.New("server restarted, its applied position must be determined anew")
 
 // Item is one transaction that the certifier lets commit. The Pipeline keeps references to all of it until it is

@@ -122,7 +122,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	group.Go(func() error { return p.watchServer(inner) })
 	group.Go(func() error { return p.breakBlockades(inner) })
 	err := group.Wait()
-	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		err = nil
 	}
 	p.mu.Lock()

@@ -34,6 +34,9 @@ func (p *Pipeline) verify(s *session) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.epoch == "" {
+		if progress > p.cfg.Start {
+			return fmt.Errorf("start after transaction %d, but %d is applied: %w", p.cfg.Start, progress, ErrServerRestarted)
+		}
 		p.epoch = s.epoch
 	}
 	if p.epoch == s.epoch {

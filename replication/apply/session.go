@@ -132,7 +132,7 @@ SELECT pg_catalog.pg_replication_origin_session_setup('%[1]s')`, origin))
 func endSessions(ctx context.Context, c *pgconn.PgConn, pattern string) error {
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		rows, err := query(ctx, c, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE application_name LIKE $1 AND backend_type = 'client backend' AND pid <> pg_backend_pid()`, strings.ReplaceAll(pattern, "_", `\_`))
+WHERE application_name LIKE $1 AND usename = current_user AND backend_type = 'client backend' AND pid <> pg_backend_pid()`, strings.ReplaceAll(pattern, "_", `\_`))
 		if err != nil || len(rows) == 0 {
 			return err
 		}
