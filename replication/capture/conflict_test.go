@@ -28,7 +28,7 @@ func TestConflictsAreBlocks(t *testing.T) {
 	for _, c := range []*client{a, b} {
 		c.exec("SET default_transaction_isolation = 'read committed'; SET lock_timeout = '30ms'; SET deadlock_timeout = '10s'")
 	}
-	const pairs = 15 // in each of rapid's checks
+	const pairs = 6 // in each of rapid's checks
 	id := rapid.IntRange(1, 8)
 	old := rapid.IntRange(1, 4)
 	maybe := rapid.SampledFrom([]string{"NULL", "1", "2", "3", "4", "7", "8"})
@@ -97,7 +97,7 @@ func TestConflictsAreBlocks(t *testing.T) {
 		}
 	})
 	t.Logf("%d pairs, %d of them blocked", tried, blocks)
-	if blocks < 20 || tried-blocks < 20 {
+	if blocks < 10 || tried-blocks < 50 {
 		t.Error("too few to say anything")
 	}
 }

@@ -19,7 +19,7 @@ import (
 func TestMix(t *testing.T) {
 	t.Parallel()
 	versions(t, func(t *testing.T, major int) {
-		const clients, rounds, seed = 8, 60, 42
+		const clients, rounds, seed = 6, 40, 42
 		n := newNode(t, major, Limits{TransactionMemory: 2000, Memory: 8000, PartSize: 3000})
 		setup := n.client()
 		setup.run(`CREATE TABLE shared (id int PRIMARY KEY, u int UNIQUE, v text);
