@@ -94,7 +94,7 @@ func (r *recorder) Restore(from io.Reader) error {
 }
 
 // await waits until the entries satisfy ok, and returns them.
-func (r *recorder) await(t *testing.T, what string, ok func([]Entry) bool) []Entry {
+func (r *recorder) await(t testing.TB, what string, ok func([]Entry) bool) []Entry {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
@@ -112,14 +112,14 @@ func (r *recorder) await(t *testing.T, what string, ok func([]Entry) bool) []Ent
 	}
 }
 
-func (r *recorder) awaitIndex(t *testing.T, index txn.LogIndex) []Entry {
+func (r *recorder) awaitIndex(t testing.TB, index txn.LogIndex) []Entry {
 	t.Helper()
 	return r.await(t, fmt.Sprintf("apply of index %d", index), func(es []Entry) bool {
 		return len(es) > 0 && es[len(es)-1].Index >= index
 	})
 }
 
-func (r *recorder) awaitCount(t *testing.T, n int) []Entry {
+func (r *recorder) awaitCount(t testing.TB, n int) []Entry {
 	t.Helper()
 	return r.await(t, fmt.Sprintf("apply of %d entries", n), func(es []Entry) bool { return len(es) >= n })
 }
@@ -134,13 +134,13 @@ type testNode struct {
 }
 
 type testCluster struct {
-	t     *testing.T
+	t     testing.TB
 	nodes []*testNode // node i+1
 }
 
 // newCluster opens n nodes; change may alter each node's configuration. All is closed, and checked to be gone, at the
 // end of the test.
-func newCluster(t *testing.T, n int, change func(*Config)) *testCluster {
+func newCluster(t testing.TB, n int, change func(*Config)) *testCluster {
 	t.Helper()
 	cluster := &testCluster{t: t}
 	var members []Member
@@ -308,7 +308,7 @@ func (tc *testCluster) readIndex(i int) txn.LogIndex {
 	}
 }
 
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -322,7 +322,7 @@ func freeAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
-func testLogger(t *testing.T, node int) *slog.Logger {
+func testLogger(t testing.TB, node int) *slog.Logger {
 	level := slog.LevelError + 4
 	if os.Getenv("QUORATE_TEST_LOG") != "" {
 		level = slog.LevelDebug
@@ -331,7 +331,7 @@ func testLogger(t *testing.T, node int) *slog.Logger {
 }
 
 // requireNoGoroutines waits until nothing of ours or of Raft's runs.
-func requireNoGoroutines(t *testing.T) {
+func requireNoGoroutines(t testing.TB) {
 	t.Helper()
 	var left []string
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
@@ -339,7 +339,7 @@ func requireNoGoroutines(t *testing.T) {
 		buf := make([]byte, 1<<20)
 		for _, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
 			ours := strings.Contains(stack, "quorate/consensus.") || strings.Contains(stack, "hashicorp/")
-			if ours && !strings.Contains(stack, "requireNoGoroutines") && !strings.Contains(stack, "testing.(*T).Run(") {
+			if ours && !strings.Contains(stack, "requireNoGoroutines") && !strings.Contains(stack, "testing.(") {
 				left = append(left, stack)
 			}
 		}

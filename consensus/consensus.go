@@ -56,11 +56,13 @@ type Snapshot interface {
 	Release()
 }
 
-// The errors that make a node stop.
+// The errors of this package's own. The first two are reasons to stop: see Failed.
 var (
 	// ErrBehind: the leader no longer has the entries that this node needs next, only a snapshot, and a snapshot is
 	// never installed over a log. The node must be cloned and come back under a new identity with an empty directory.
 	ErrBehind = errors.New("log ends before the leader's begins")
+	// ErrTransferStuck: Raft believes for ever that it is handing over leadership. Closing and opening again mends it.
+	ErrTransferStuck = errors.New("leadership transfer never ends")
 	// ErrSize: an entry is empty or larger than MaxData.
 	ErrSize = errSize
 )
@@ -114,13 +116,14 @@ type Consensus struct {
 	raft        *raft.Raft
 	feed        *feed
 
-	queue   *requestQueue
-	budget  *semaphore.Weighted // bytes in flight
-	leading *leadership
-	notices *noticeBoard
-	reads   readRounds
-	local   *proposals
-	conns   map[txn.NodeID]*grpc.ClientConn // belongs to runLink; Close has it afterwards
+	queue     *requestQueue
+	budget    *semaphore.Weighted // bytes in flight
+	leading   *leadership
+	notices   *noticeBoard
+	reads     readRounds
+	transfers *transferWatch
+	local     *proposals
+	conns     map[txn.NodeID]*grpc.ClientConn // belongs to runLink; Close has it afterwards
 
 	// What runs, grouped by when Close ends it.
 	closing context.Context // ended first
@@ -161,10 +164,9 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 		failed:      make(chan struct{}),
 	}
 	c.closing, c.close = context.WithCancel(context.Background())
-	c.feed = &feed{
-		machine: m, fail: c.fail, committed: c.committed,
-		wake: make(chan struct{}, 1), stop: make(chan struct{}),
-	}
+	c.feed = newFeed(m)
+	c.feed.fail, c.feed.committed = c.fail, c.committed
+	c.transfers = &transferWatch{limit: 2 * cfg.ElectionTimeout, stuck: c.fail}
 	c.metrics = newMetrics(c.Status)
 	if err := c.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open consensus: %w", err), c.shut())
@@ -242,7 +244,7 @@ func (c *Consensus) start() {
 		}
 		return false
 	}))
-	c.local = newProposals(&c.futures)
+	c.local = c.newProposals()
 	c.applier.Go(c.feed.run)
 	c.watcher.Go(func() { c.observe(events) })
 	c.drivers.Go(c.runLink)
@@ -346,8 +348,8 @@ func (c *Consensus) fail(err error) {
 // Failed returns a channel that is closed when this node must stop; Err then says why.
 func (c *Consensus) Failed() <-chan struct{} { return c.failed }
 
-// Err returns why this node must stop, nil if it need not. It wraps ErrBehind, txn.ErrDiverged or an error of the
-// log store.
+// Err returns why this node must stop, nil if it need not. It wraps ErrBehind, ErrTransferStuck, txn.ErrDiverged or
+// an error of the log store.
 func (c *Consensus) Err() error {
 	c.failMu.Lock()
 	defer c.failMu.Unlock()

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/quorate/quorate/txn"
@@ -401,6 +402,98 @@ func TestVerificationHoldsAcrossLeaders(t *testing.T) {
 		if err := n.c.Err(); err != nil {
 			t.Errorf("node %d: %v", i+1, err)
 		}
+	}
+}
+
+func TestTransferLeadership(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	old := tc.leader()
+	to := (old + 1) % 3
+	if err := tc.nodes[to].c.TransferLeadership(0); err == nil {
+		t.Error("a follower handed over what it does not have")
+	}
+	if err := tc.nodes[old].c.TransferLeadership(txn.NodeID(old + 1)); err == nil {
+		t.Error("handed over to itself")
+	}
+	if err := tc.nodes[old].c.TransferLeadership(txn.NodeID(to + 1)); err != nil {
+		t.Fatal(err)
+	}
+	if got := tc.leader(); got != to {
+		t.Errorf("node %d leads, not %d", got+1, to+1)
+	}
+	tc.propose(old, "on the former leader")
+}
+
+func TestTransferWatch(t *testing.T) {
+	var stuck error
+	w := &transferWatch{limit: time.Minute, stuck: func(err error) { stuck = err }}
+	ago := func(d time.Duration) { w.since = w.since.Add(-d) }
+	w.proposed(nil)
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	ago(time.Hour)
+	w.proposed(nil) // it did end
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	ago(30 * time.Second)
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	ago(time.Hour)
+	w.begin() // that was another transfer
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	if stuck != nil {
+		t.Fatal(stuck)
+	}
+	ago(2 * time.Minute)
+	w.proposed(raft.ErrNotLeader) // says nothing about it
+	w.proposed(raft.ErrLeadershipTransferInProgress)
+	if !errors.Is(stuck, ErrTransferStuck) {
+		t.Errorf("stuck = %v", stuck)
+	}
+}
+
+// A leader whose disk hangs steps down, and the others go on.
+func TestLeaderWithHangingDiskStepsDown(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.WriteDeadline = 300 * time.Millisecond })
+	leader := tc.leader()
+	tc.propose(leader, "before")
+	// Occupy the one goroutine that writes to the disk, as a hanging flush does.
+	deadline := tc.nodes[leader].c.stores.deadline
+	hang := make(chan error)
+	deadline.work <- appendCall{logs: nil, done: hang}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := tc.nodes[leader].c.Propose(ctx, []byte("hangs")); !errors.Is(err, txn.ErrOutcomeUnknown) {
+		t.Errorf("propose on the hanging leader: %v", err)
+	}
+	other := tc.nodes[(leader+1)%3].c
+	for {
+		l, changed := other.Leadership()
+		if l.Leader != 0 && l.Leader != txn.NodeID(leader+1) {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatal("nobody took over")
+		}
+	}
+	index := tc.propose((leader+1)%3, "after")
+	if err := <-hang; err != nil { // the disk works again
+		t.Fatal(err)
+	}
+	entries := tc.nodes[leader].machine.awaitIndex(t, index)
+	want := tc.nodes[(leader+1)%3].machine.awaitIndex(t, index)
+	if !slices.EqualFunc(entries, want, sameEntry) {
+		t.Error("the former leader applied something else")
+	}
+}
+
+func TestMetricsLint(t *testing.T) {
+	tc := newCluster(t, 1, nil)
+	tc.leader()
+	tc.propose(0, "x")
+	problems, err := testutil.GatherAndLint(tc.nodes[0].config.Registerer.(prometheus.Gatherer))
+	if err != nil || len(problems) > 0 {
+		t.Error(problems, err)
 	}
 }
 

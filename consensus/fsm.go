@@ -58,6 +58,11 @@ type feed struct {
 	snapshot *snapshotRequest
 }
 
+// newFeed returns a feed that lacks only its functions.
+func newFeed(m Machine) *feed {
+	return &feed{machine: m, wake: make(chan struct{}, 1), stop: make(chan struct{})}
+}
+
 type snapshotRequest struct {
 	at     uint64
 	answer chan snapshotAnswer // capacity 1

@@ -15,10 +15,8 @@ import (
 // newTestFeed returns a feed that runs, and the log that it re-reads from.
 func newTestFeed(t *testing.T, m Machine) (*feed, *raft.InmemStore) {
 	log := raft.NewInmemStore()
-	f := &feed{
-		machine: m, read: log.GetLog, fail: func(err error) { t.Error(err) }, committed: func(uint64, txn.LogIndex) {},
-		wake: make(chan struct{}, 1), stop: make(chan struct{}),
-	}
+	f := newFeed(m)
+	f.read, f.fail, f.committed = log.GetLog, func(err error) { t.Error(err) }, func(uint64, txn.LogIndex) {}
 	var running sync.WaitGroup
 	running.Go(f.run)
 	t.Cleanup(func() {

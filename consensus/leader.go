@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -130,21 +132,105 @@ func (c *Consensus) prime(r *reign) {
 	}
 	go func() {
 		defer c.calls.leave()
-		if err := c.raft.Barrier(0).Error(); err != nil {
-			c.logger.Info("barrier of new leader failed", logkey.Term, r.Term, logkey.Error, err)
-			return
-		}
-		index := c.raft.CommitIndex()
-		if c.leads(r) { // then index is of this term, because the barrier is
-			c.notices.publish(r.Term, txn.LogIndex(index))
-			close(r.primed)
+		for !c.primeOnce(r) {
+			// Refused because of a transfer that may yet fail and leave us leading. Nothing tells when it does.
+			timer := time.NewTimer(c.config.HeartbeatTimeout / 10)
+			select {
+			case <-timer.C:
+			case <-r.ctx.Done():
+			case <-c.closing.Done():
+			}
+			timer.Stop()
+			if r.ctx.Err() != nil || c.closing.Err() != nil {
+				return
+			}
 		}
 	}()
+}
+
+func (c *Consensus) primeOnce(r *reign) bool {
+	err := c.raft.Barrier(0).Error()
+	c.transfers.proposed(err)
+	if err != nil {
+		c.logger.Info("barrier of new leader failed", logkey.Term, r.Term, logkey.Error, err)
+		return false
+	}
+	index := c.raft.CommitIndex()
+	if !c.leads(r) {
+		return false
+	}
+	// index is of this term, because the barrier is.
+	c.notices.publish(r.Term, txn.LogIndex(index))
+	close(r.primed)
+	return true
 }
 
 // leads reports whether this node has led without interruption since r began.
 func (c *Consensus) leads(r *reign) bool {
 	return r.Leader == c.config.Node && c.raft.State() == raft.Leader && c.raft.CurrentTerm() == r.Term
+}
+
+// TransferLeadership makes another member lead: to, or with 0 the one that is furthest. Called on a node that does not
+// lead it fails. The target is first brought up to date; if that takes longer than the election timeout, this node
+// goes on leading. Meanwhile, proposals are refused.
+func (c *Consensus) TransferLeadership(to txn.NodeID) error {
+	if !c.calls.enter() {
+		return fmt.Errorf("transfer leadership: %w", txn.ErrClosed)
+	}
+	defer c.calls.leave()
+	c.transfers.begin()
+	if to == 0 {
+		if err := c.raft.LeadershipTransfer().Error(); err != nil {
+			return fmt.Errorf("transfer leadership: %w", err)
+		}
+		return nil
+	}
+	m, ok := c.members.lookup(to)
+	if !ok || to == c.config.Node {
+		return fmt.Errorf("transfer leadership to node %s: not another member", to)
+	}
+	if err := c.raft.LeadershipTransferToServer(serverID(to), raft.ServerAddress(m.RaftAddress)).Error(); err != nil {
+		return fmt.Errorf("transfer leadership to node %s: %w", to, err)
+	}
+	return nil
+}
+
+// transferWatch finds out that a leadership transfer never ends: one that a step-down interrupts can leave Raft
+// believing that it is in progress, so that this node, elected again, refuses every proposal for ever
+// (hashicorp/raft issue 696). Only a new Raft instance gets out of that.
+type transferWatch struct {
+	limit time.Duration // longer than any transfer
+	stuck func(error)
+
+	refusing atomic.Bool // since is set; spares the lock for those that succeed
+	mu       sync.Mutex
+	since    time.Time // of the first refusal after the last success; zero: none
+}
+
+// begin forgets what earlier transfers did.
+func (w *transferWatch) begin() { w.proposed(nil) }
+
+// proposed is told the outcome of every proposal to this node's Raft.
+func (w *transferWatch) proposed(err error) {
+	if !errors.Is(err, raft.ErrLeadershipTransferInProgress) {
+		if w.refusing.Load() && !errors.Is(err, raft.ErrNotLeader) {
+			w.mu.Lock()
+			w.since = time.Time{}
+			w.refusing.Store(false)
+			w.mu.Unlock()
+		}
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.since.IsZero() {
+		w.since = time.Now()
+		w.refusing.Store(true)
+		return
+	}
+	if lasted := time.Since(w.since); lasted > w.limit {
+		w.stuck(fmt.Errorf("%w: proposals have been refused for %v", ErrTransferStuck, lasted))
+	}
 }
 
 // classify wraps what Raft says about a proposal into what is known about it.

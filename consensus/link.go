@@ -101,11 +101,13 @@ type proposal struct {
 }
 
 // newProposals starts the goroutine; close(pending) ends it once every future is resolved.
-func newProposals(group *sync.WaitGroup) *proposals {
+func (c *Consensus) newProposals() *proposals {
 	p := &proposals{pending: make(chan proposal, 4*maxAppend)}
-	group.Go(func() {
+	c.futures.Go(func() {
 		for w := range p.pending {
-			if err := w.future.Error(); err != nil {
+			err := w.future.Error()
+			c.transfers.proposed(err)
+			if err != nil {
 				w.answer(0, classify(err))
 				continue
 			}

@@ -298,7 +298,11 @@ func (s *deadlineStore) StoreLogs(logs []*raft.Log) error {
 		return err
 	}
 	w := appendCall{logs: logs, done: make(chan error, 1)}
-	s.work <- w // the writer is idle: no write is late
+	select {
+	case s.work <- w:
+	case <-timer.C:
+		return fmt.Errorf("append entries from %d: %w of %v: not begun", logs[0].Index, errWriteDeadline, s.deadline)
+	}
 	select {
 	case err := <-w.done:
 		return err

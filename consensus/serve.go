@@ -64,7 +64,7 @@ func (s *service) Link(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeade
 
 // serveRequests proposes what the follower sends until it stops.
 func (c *Consensus) serveRequests(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader], answers *answerBox) error {
-	proposed := newProposals(&c.futures)
+	proposed := c.newProposals()
 	defer close(proposed.pending)
 	for {
 		m, err := stream.Recv()
