@@ -152,7 +152,7 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 	}
 	c := &Consensus{
 		config:      cfg,
-		logger:      cfg.Logger.With(logkey.Component, "consensus"),
+		logger:      cfg.Logger,
 		members:     newDirectory(cfg.Bootstrap),
 		dialOptions: dialOptions(cfg.DialOptions),
 		queue:       newRequestQueue(),
