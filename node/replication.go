@@ -70,12 +70,13 @@ func (n *Node) openReplication(context.Context) error {
 		return fmt.Errorf("make the spill directory: %w", err)
 	}
 	n.capture = capture.New(capture.Config{
-		Conn:       stream,
-		Database:   n.cfg.Postgres.Database,
-		Catalog:    n.catalog,
-		Sink:       sink{n},
-		SpillDir:   spill,
-		Limits:     capture.Limits{Memory: int(n.cfg.Limits.CaptureMemory)},
+		Conn:     stream,
+		Database: n.cfg.Postgres.Database,
+		Catalog:  n.catalog,
+		Sink:     sink{n},
+		SpillDir: spill,
+		// Raft sends up to 128 entries in one message, so parts of large transactions are kept small.
+		Limits:     capture.Limits{Memory: int(n.cfg.Limits.CaptureMemory), PartSize: 256 << 10},
 		Logger:     n.log.With(logkey.Component, "capture"),
 		Registerer: n.metrics,
 	})
@@ -144,6 +145,14 @@ func (n *Node) openConsensus(context.Context) error {
 	n.consensus.Store(c)
 	n.onClose(func(context.Context) error { return c.Close() })
 	c.Register(n.grpc)
+	n.group.Go(func() error {
+		select {
+		case <-c.Failed():
+			n.fail(fmt.Errorf("consensus: %w", c.Err()))
+		case <-n.ctx.Done():
+		}
+		return nil
+	})
 	return nil
 }
 

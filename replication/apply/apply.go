@@ -99,7 +99,7 @@ type Config struct {
 	// Default 30 s.
 	RetryFor time.Duration
 
-	Logger     *slog.Logger          // default slog.Default()
+	Logger     *slog.Logger          // nil: discarded
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
 
@@ -117,7 +117,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.TerminateAfter, time.Second)
 	setDefault(&c.RetryFor, 30*time.Second)
 	if c.Logger == nil {
-		c.Logger = slog.Default()
+		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	return c
 }
