@@ -3,7 +3,6 @@ package gateway
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"strconv"
 	"time"
 
@@ -160,8 +159,11 @@ func (s *session) startRollback(op commitOp, e *sqlError) error {
 	s.leaveBlock(false)
 	s.commitOp = op
 	s.mu.Lock()
-	s.phase, s.skipping = phaseReady, false // what is sent ends with Sync
+	s.phase, s.skipping = phaseEnding, false // what is sent ends with Sync
 	s.queue = append(s.queue, reply{until: opCommit})
+	for s.cancels > 0 {
+		s.changed.Wait()
+	}
 	s.mu.Unlock()
 	return s.sendRollback()
 }
@@ -225,7 +227,11 @@ func (s *session) conductCommit(m message) error {
 		op.commit, op.held = nil, op.held[:0]
 	}()
 	if op.rollback {
-		if _, _, err := s.swallow(m); err != nil {
+		_, failure, err := s.swallow(m)
+		if err == nil && failure != nil {
+			err = s.rollBackPlainly()
+		}
+		if err != nil {
 			return err
 		}
 		return s.commitFailed(op, op.err, nil)
@@ -248,6 +254,7 @@ func (s *session) conductCommit(m message) error {
 	op.xid = string(prior) != "none"
 	op.restore = op.chain && string(readOnly) == "off"
 	if !op.xid {
+		s.ending()
 		return s.release(op)
 	}
 	return s.decide(op)
@@ -335,11 +342,22 @@ func (s *session) mayRelease() bool {
 	if s.undone {
 		return false
 	}
-	s.phase = phaseReleased
+	s.endingLocked()
+	return true
+}
+
+// ending says that COMMIT or ROLLBACK follows, which must not be cancelled: it waits for requests on their way.
+func (s *session) ending() {
+	s.mu.Lock()
+	s.endingLocked()
+	s.mu.Unlock()
+}
+
+func (s *session) endingLocked() {
+	s.phase = phaseEnding
 	for s.cancels > 0 {
 		s.changed.Wait()
 	}
-	return true
 }
 
 // readReady reads the answers to the ready statement and returns its value, or the server's ErrorResponse.
@@ -384,16 +402,19 @@ func (s *session) readyFailed(op *commitOp, failure []byte) error {
 	}
 	if op.marked {
 		// The error may have come after the marker. Then the log may have it already, and has the last word.
-		op.commit.Lost()
-		ev, err := op.commit.Next(s.ctx)
-		if err != nil || ev.Step == txn.StepUnknown {
+		switch s.lost(op).Step {
+		case txn.StepUnknown:
 			return s.finish(unknownError(op.commit.GID()))
-		}
-		if ev.Step == txn.StepVisible {
+		case txn.StepVisible:
 			return s.visible(op)
 		}
 	}
-	if e := s.errorFor(message{data: failure}, nil); e != nil {
+	var subst *sqlError
+	if string(errorField(failure[5:], 'C')) == codeNoStatement {
+		s.forgetPrepared()
+		subst = errForgotten
+	}
+	if e := s.errorFor(message{data: failure}, subst); e != nil {
 		return s.commitFailed(op, e, nil)
 	}
 	return s.commitFailed(op, nil, failure)
@@ -426,17 +447,34 @@ func (s *session) abort(op *commitOp, e *sqlError) error {
 
 // rollBack rolls the transaction back, unseen by the client.
 func (s *session) rollBack() error {
+	s.ending()
 	if err := s.sendRollback(); err != nil {
 		return err
 	}
 	_, failure, err := s.swallow(message{})
-	if err != nil {
+	if err == nil && failure != nil {
+		err = s.rollBackPlainly()
+	}
+	return err
+}
+
+// rollBackPlainly is for when a function has taken the hidden statements away (DEALLOCATE ALL).
+func (s *session) rollBackPlainly() error {
+	s.forgetPrepared()
+	if err := s.write(appendQuery(nil, "ROLLBACK")); err != nil {
 		return err
 	}
-	if failure != nil {
-		return fmt.Errorf("roll back: %s", errorField(failure[5:], 'M'))
+	status, _, err := s.swallow(message{})
+	if err == nil && status != 'I' {
+		err = errors.New("the server does not roll back")
 	}
-	return nil
+	return err
+}
+
+func (s *session) forgetPrepared() {
+	s.wmu.Lock()
+	s.prepared = false
+	s.wmu.Unlock()
 }
 
 // visible ends a commit whose transaction was rolled back here and applied from the log.
@@ -458,12 +496,11 @@ func (s *session) connectionLost(op *commitOp, cause error) error {
 	}
 	s.log.Warn("server connection lost during commit", logkey.GID, op.commit.GID().String(), logkey.Error, cause)
 	s.decided()
-	op.commit.Lost()
-	ev, err := op.commit.Next(s.ctx)
-	switch {
-	case err != nil || ev.Step == txn.StepUnknown:
+	var err error
+	switch ev := s.lost(op); ev.Step {
+	case txn.StepUnknown:
 		err = s.finish(unknownError(op.commit.GID()))
-	case ev.Step == txn.StepVisible:
+	case txn.StepVisible:
 		err = s.visible(op)
 	default:
 		s.g.metrics.aborts.WithLabelValues(ev.Reason.String()).Inc()
@@ -473,6 +510,21 @@ func (s *session) connectionLost(op *commitOp, cause error) error {
 	op.commit.Close()
 	op.commit = nil
 	return err
+}
+
+// lost reports the local transaction as lost and waits for the last word: StepAbort, StepVisible or StepUnknown.
+// Steps that were said before the loss are passed over.
+func (s *session) lost(op *commitOp) txn.Event {
+	op.commit.Lost()
+	for {
+		ev, err := op.commit.Next(s.ctx)
+		switch {
+		case err != nil:
+			return txn.Event{Step: txn.StepUnknown}
+		case ev.Step == txn.StepAbort || ev.Step == txn.StepVisible || ev.Step == txn.StepUnknown:
+			return ev
+		}
+	}
 }
 
 // nudge makes the server decode what it holds back, and runs the ready statement again. The change of the nudge table
@@ -576,12 +628,10 @@ func (s *session) readCommitted(op *commitOp, skip int) error {
 // WITH HOLD cursor's query failed, or the backend was told to end.
 func (s *session) commitRefused(op *commitOp, failure []byte) error {
 	if op.ordered {
-		op.commit.Lost()
-		ev, err := op.commit.Next(s.ctx)
-		switch {
-		case err != nil || ev.Step == txn.StepUnknown:
+		switch s.lost(op).Step {
+		case txn.StepUnknown:
 			return s.finish(unknownError(op.commit.GID()))
-		case ev.Step == txn.StepVisible:
+		case txn.StepVisible:
 			return s.visible(op)
 		}
 	}

@@ -15,6 +15,7 @@ const (
 	codeInFailed         = "25P02" // in_failed_sql_transaction
 	codeNoActive         = "25P01" // no_active_sql_transaction
 	codeActive           = "25001" // active_sql_transaction
+	codeNoStatement      = "26000" // invalid_sql_statement_name
 	codeCanceled         = "57014" // query_canceled
 	codeSerialization    = "40001"
 	codeUnsupported      = "0A000"
@@ -81,8 +82,10 @@ var (
 		detail:  "In it a byte of a character may look like a backslash, so the end of a string cannot be told.",
 		hint:    "Use UTF8 or a single-byte encoding."}
 	errSavepointOutside = &sqlError{code: codeNoActive, message: "SAVEPOINT can only be used in transaction blocks"}
-	errIsolation        = refusals[sqllex.Serializable]
-	errReplicaRole      = refusals[sqllex.ReplicationRole]
+	errForgotten        = &sqlError{code: codeSerialization, message: "a function has deallocated the gateway's prepared statements",
+		hint: retryHint}
+	errIsolation   = refusals[sqllex.Serializable]
+	errReplicaRole = refusals[sqllex.ReplicationRole]
 )
 
 // warnNoTransaction is PostgreSQL's answer to COMMIT or ROLLBACK outside a block.

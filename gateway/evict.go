@@ -13,30 +13,38 @@ import (
 // statements, or an exception handler may have caught it.
 const evictRetry = 50 * time.Millisecond
 
-// beginEvict reports whether an eviction is to be started: not if one is at work, or the session ends anyway.
-func (s *session) beginEvict() bool {
+// beginEvict reports whether an eviction is to be started. If one is at work already it is told to look again when
+// it is done: by then another transaction may be in the way.
+func (s *session) beginEvict(by txn.CSN) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.evicting || s.ended {
+		s.evictNext = by
 		return false
 	}
-	s.evicting = true
+	s.evicting, s.evictNext = true, by
 	return true
 }
 
-// evict makes the transaction in progress let go, so that log entry by can be applied. If it does not within the
-// configured time, its backend is ended.
-func (s *session) evict(by txn.CSN) {
-	defer func() {
-		s.mu.Lock()
-		s.evicting = false
-		s.changed.Broadcast()
-		s.mu.Unlock()
-	}()
-	s.g.metrics.evicted.Inc()
+// evict makes the transaction in progress let go, so that a log entry can be applied, and goes on as long as it is
+// asked to.
+func (s *session) evict() {
 	s.mu.Lock()
-	txns := s.txns
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	for s.evictNext != 0 && !s.ended {
+		by, txns := s.evictNext, s.txns
+		s.evictNext = 0
+		s.mu.Unlock()
+		s.evictOne(by, txns)
+		s.mu.Lock()
+	}
+	s.evicting = false
+	s.changed.Broadcast()
+}
+
+// evictOne returns when transaction number txns of this session has let go, or has been made to by ending its backend.
+func (s *session) evictOne(by txn.CSN, txns uint64) {
+	s.g.metrics.evicted.Inc()
 	deadline := time.Now().Add(s.g.cfg.EvictTimeout)
 	for !s.tryEvict(by, txns) {
 		if time.Now().After(deadline) {
@@ -55,18 +63,23 @@ func (s *session) evict(by txn.CSN) {
 func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 	// A client that sends a long message holds this; then it is in the middle of a statement, and cancelling is all.
 	free := s.wmu.TryLock()
-	if free {
-		defer s.wmu.Unlock()
+	unlock := func() {
+		if free {
+			s.wmu.Unlock()
+		}
 	}
 	s.mu.Lock()
-	if s.ended || s.txns != txns || s.phase == phaseReleased {
+	if s.ended || s.txns != txns || s.phase == phaseEnding {
 		s.mu.Unlock()
+		unlock()
 		return true
 	}
 	if s.phase == phaseDeciding {
 		if s.undone || !free {
+			undone := s.undone
 			s.mu.Unlock()
-			return s.undone
+			unlock()
+			return undone
 		}
 		s.undone, s.evicted, s.evictor = true, true, by
 		commit := s.commit
@@ -76,17 +89,20 @@ func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 		if err := s.flushServerLocked(); err != nil {
 			s.log.Warn("roll back evicted transaction", logkey.Error, err) // the server loop will meet it too
 		}
+		unlock()
 		commit.Lost()
 		return true
 	}
 	if s.phase == phaseNone && s.head == len(s.queue) {
-		if s.status == 'I' || s.skipping || s.cleared {
+		if s.status == 'I' || s.cleared {
 			s.mu.Unlock()
+			unlock()
 			return true
 		}
-		if !free || len(s.toServer.buf) > 0 {
+		if !free || len(s.toServer.buf) > 0 || s.skipping {
 			s.mu.Unlock()
-			return false // the client has just begun something
+			unlock()
+			return false // the client has just begun something, or the server ignores everything until its Sync
 		}
 		s.evictor, s.cleared = by, true
 		if s.status == 'T' {
@@ -95,6 +111,7 @@ func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 		s.queue = append(s.queue, reply{until: opEvict})
 		s.mu.Unlock()
 		s.sendClear(by)
+		unlock()
 		return true
 	}
 	// A statement is running.
@@ -110,6 +127,7 @@ func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 			s.log.Warn("end COPY of evicted transaction", logkey.Error, err)
 		}
 	}
+	unlock()
 	_ = s.client.SetWriteDeadline(time.Now()) // frees the server loop from a client that does not read
 	s.sendCancel()
 	s.mu.Lock()
@@ -167,7 +185,7 @@ func (s *session) terminate(by txn.CSN) {
 // PostgreSQL, and above all the request must not meet the COMMIT that is released.
 func (s *session) cancelByClient() {
 	s.mu.Lock()
-	if s.phase == phaseDeciding || s.phase == phaseReleased || s.head == len(s.queue) || s.ended {
+	if s.phase == phaseDeciding || s.phase == phaseEnding || s.head == len(s.queue) || s.ended {
 		s.mu.Unlock()
 		return
 	}

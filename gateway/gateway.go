@@ -262,11 +262,11 @@ func (g *Gateway) Evict(pid uint32, by txn.CSN) bool {
 	if s == nil {
 		return false
 	}
-	if s.beginEvict() {
+	if s.beginEvict(by) {
 		g.wg.Add(1)
 		go func() {
 			defer g.wg.Done()
-			s.evict(by)
+			s.evict()
 		}()
 	}
 	return true

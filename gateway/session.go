@@ -47,28 +47,29 @@ type session struct {
 	backslash atomic.Bool // standard_conforming_strings is off
 	wish      atomic.Bool // the client wants its transactions read only
 
-	mu       sync.Mutex
-	changed  sync.Cond // of the fields below
-	queue    []reply
-	head     int
-	status   byte   // of the last ReadyForQuery
-	skipping bool   // after an error the server ignores everything until Sync, and none has been sent
-	failed   bool   // an error was relayed since the client loop last cleared this
-	broken   bool   // … since the client last saw ReadyForQuery
-	ended    bool   // one of the loops has ended
-	stopping bool   // the session ends when its transaction does
-	phase    phase  // of the commit in progress
-	commit   Commit // in phases deciding and released
-	txns     uint64 // transactions that have ended
-	cancels  int    // cancel requests on their way to the server
-	copying  bool   // the server waits for CopyData
-	evicting bool   // an evict goroutine is at work
-	evictor  txn.CSN
-	evicted  bool      // the transaction in progress must go, and its client has not been told
-	undone   bool      // evict has rolled back what was waiting for its verdict
-	hurried  bool      // evict has set a deadline on writes to the client
-	cleared  bool      // evict has rolled the block back and left a failed one in its place
-	poison   *sqlError // what the next error in this failed block is to say
+	mu        sync.Mutex
+	changed   sync.Cond // of the fields below
+	queue     []reply
+	head      int
+	status    byte    // of the last ReadyForQuery
+	skipping  bool    // after an error the server ignores everything until Sync, and none has been sent
+	failed    bool    // an error was relayed since the client loop last cleared this
+	broken    bool    // … since the client last saw ReadyForQuery
+	ended     bool    // one of the loops has ended
+	stopping  bool    // the session ends when its transaction does
+	phase     phase   // of the commit or rollback in progress
+	commit    Commit  // in phase deciding
+	txns      uint64  // transactions that have ended
+	cancels   int     // cancel requests on their way to the server
+	copying   bool    // the server waits for CopyData
+	evicting  bool    // an evict goroutine is at work
+	evictNext txn.CSN // for which entry it is to look at the session (again); 0: for none
+	evictor   txn.CSN
+	evicted   bool      // the transaction in progress must go, and its client has not been told
+	undone    bool      // evict has rolled back what was waiting for its verdict
+	hurried   bool      // evict has set a deadline on writes to the client
+	cleared   bool      // evict has rolled the block back and left a failed one in its place
+	poison    *sqlError // what the next error in this failed block is to say
 
 	// Of the server loop.
 	streaming  bool // the reply at the head of the queue is relayed whatever comes
@@ -114,7 +115,7 @@ const (
 	phaseNone     phase = iota
 	phaseReady          // the ready statement, or a nudge, is running
 	phaseDeciding       // the server waits for COMMIT or ROLLBACK
-	phaseReleased       // COMMIT is on its way
+	phaseEnding         // COMMIT or ROLLBACK is on its way: it must not be cancelled
 )
 
 // what ends a reply.
@@ -226,12 +227,16 @@ func (s *session) endByClient(err error) {
 		s.changed.Wait()
 	}
 	busy := s.head < len(s.queue) && !s.ended
+	stopped := s.ctx.Err() != nil && !s.fatal && !s.ended
+	s.fatal = s.fatal || stopped
 	s.ended = true
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	if p := (*protocolError)(nil); errors.As(err, &p) {
 		s.emit((&sqlError{severity: "FATAL", code: codeProtocol, message: p.what}).append(nil))
 		s.g.metrics.refused.WithLabelValues(codeProtocol).Inc()
+	} else if stopped {
+		s.emit(errShutdown.append(nil))
 	}
 	s.cmu.Lock()
 	_ = s.toClient.conn.SetWriteDeadline(time.Now().Add(time.Second)) // it is going away

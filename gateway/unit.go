@@ -121,9 +121,10 @@ func (s *session) unitError(m message) error {
 	u := &s.unit
 	if u.hidden > 0 { // BEGIN itself: a function has taken the hidden statements away, or the server is read only
 		u.hidden = 0
-		s.wmu.Lock()
-		s.prepared = false
-		s.wmu.Unlock()
+		s.forgetPrepared()
+		if string(errorField(m.body(), 'C')) == codeNoStatement {
+			u.subst = errForgotten
+		}
 		if len(u.replies) == 0 { // the server ignores the Query as well
 			if err := s.write(appendSync(nil)); err != nil {
 				return err
@@ -159,7 +160,7 @@ func (s *session) unitReady(m message) (done bool, err error) {
 		return true, s.ready(m.data, true)
 	case status == 'E':
 		s.failParses()
-		return true, s.rollBackUnit(nil)
+		return true, s.rollBackUnit()
 	}
 	// It went well. From here on it is a commit like any other, conducted by this goroutine from its start.
 	op := &s.commitOp
@@ -193,14 +194,14 @@ func (s *session) failParses() {
 	}
 }
 
-// rollBackUnit ends a wrapped unit that failed. e, if not nil, is what the client has not been told yet.
-func (s *session) rollBackUnit(e *sqlError) error {
+// rollBackUnit ends a wrapped unit that failed.
+func (s *session) rollBackUnit() error {
 	if err := s.rollBack(); err != nil {
 		return err
 	}
-	if e != nil {
-		s.emit(e.append(nil))
-	}
+	s.mu.Lock()
+	s.phase = phaseNone
+	s.mu.Unlock()
 	return s.ready(appendReady(nil, 'I'), true)
 }
 
