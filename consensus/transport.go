@@ -118,7 +118,7 @@ func (t *transport) inspect(rpc raft.RPC) bool {
 	case *raft.AppendEntriesRequest:
 		t.mu.Lock()
 		if m.Term > t.leader.Term {
-			t.leader = raft.AppendEntriesRequest{RPCHeader: m.RPCHeader, Term: m.Term, Leader: m.Leader}
+			t.leader = raft.AppendEntriesRequest{RPCHeader: m.RPCHeader, Term: m.Term}
 			t.committed = 0
 		}
 		if m.Term == t.leader.Term {
