@@ -21,7 +21,7 @@ pg_try_advisory_xact_lock_shared pg_cancel_backend pg_terminate_backend pg_block
 pg_current_wal_flush_lsn pg_current_wal_insert_lsn pg_partition_tree pg_partition_ancestors pg_stat_clear_snapshot
 pg_sequence_last_value pg_xact_status txid_status pg_last_wal_replay_lsn pg_last_wal_receive_lsn pg_export_snapshot
 set_config pg_lock_status pg_show_all_file_settings
-select from where and or not in exists any all some case when then else on using by values as over filter
+copy select from where and or not in exists any all some case when then else on using by values as over filter
 group having limit offset union except intersect distinct lateral rows join returning is like ilike between
 row array coalesce nullif greatest least cast extract overlay position substring trim treat normalize grouping
 cube rollup sets collation xmlelement xmlforest xmlparse xmlpi xmlroot xmlserialize xmlconcat xmlattributes

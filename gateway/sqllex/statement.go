@@ -183,7 +183,7 @@ func (p *parser) statement() (st Statement, more bool) {
 			case wordReadOnly:
 				st.AsksReadOnly = true
 			}
-			if p.callFollows() {
+			if lastWord != wordExecute && p.callFollows() { // EXECUTE name (…) calls nothing by that name
 				known, large := p.builtin(text, last)
 				callWrites = callWrites || !known
 				largeObj = largeObj || large
@@ -243,6 +243,7 @@ const (
 	wordModify
 	wordReadOnly
 	wordSetConfig
+	wordExecute
 )
 
 // setConfig is a call of set_config with constants.
@@ -262,6 +263,8 @@ func classifyWord(lower []byte) wordClass {
 		return wordModify
 	case "transaction_read_only", "default_transaction_read_only":
 		return wordReadOnly
+	case "execute":
+		return wordExecute
 	case "set_config":
 		return wordSetConfig
 	}
