@@ -191,7 +191,7 @@ func (p *Pipeline) add(item Item, size int) {
 	if mergeable {
 		// A conflict with the tail would make the item wait for it anyway. Otherwise merging pays when no worker
 		// would start it now; but not at the price of making the tail wait for what only the item conflicts with.
-		spare := len(p.idle) > 1 || len(p.idle) == 1 && p.unstarted.len() == 0
+		spare := p.worthAnother() && (len(p.idle) > 1 || len(p.idle) == 1 && p.unstarted.len() == 0)
 		mergeable = conflict >= tail.first || !spare && before <= tail.after
 	}
 	p.note(item.Set.Keys, item.CSN)
@@ -352,14 +352,28 @@ func (p *Pipeline) visible(e *entry, fromLog bool) {
 	p.mu.Unlock()
 }
 
+// spread is how many transactions must be queued for each worker at work before another one joins. One that is not
+// started is merged with those that follow, and a transaction in a group costs a fraction of a lone one; so as long as
+// the queue is short, workers are saved, not time. Nobody waits for it: what a client waits for is local.
+const spread = 8
+
+// worthAnother reports whether another worker should start something that is not the head. Requires mu.
+func (p *Pipeline) worthAnother() bool {
+	atWork := p.cfg.Workers - len(p.idle)
+	return atWork <= 0 || p.items >= spread*atWork
+}
+
 // schedule gives entries whose conflicts are over to idle workers. Requires mu.
+//
+// The head is always started: whatever else is at work may be waiting for it. That is also why nothing is forgotten,
+// since whatever becomes visible calls schedule.
 //
 // The last idle worker is kept for the earliest entry that has none. Otherwise later entries, each waiting for its
 // turn after that one, could hold all workers, and nothing would ever move.
 func (p *Pipeline) schedule() {
 	for i := 0; i < min(p.unstarted.len(), lookahead) && len(p.idle) > 0; {
 		e := p.unstarted.at(i)
-		if len(p.idle) == 1 && i > 0 {
+		if head, _ := p.queue.first(); e != head && !p.worthAnother() || len(p.idle) == 1 && i > 0 {
 			return
 		}
 		if e.after > p.Applied() {
