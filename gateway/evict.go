@@ -157,6 +157,9 @@ func (s *session) conductEvict(m message) error {
 		return err
 	}
 	s.g.metrics.aborts.WithLabelValues(txn.AbortEvicted.String()).Inc()
+	s.cmu.Lock()
+	s.doomed = false // the transaction is gone: what the client has not taken can wait for it
+	s.cmu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.status = status

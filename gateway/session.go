@@ -42,6 +42,7 @@ type session struct {
 
 	cmu      sync.Mutex
 	toClient writer
+	gone     bool // the client does not take anything any more
 	doomed   bool // the client does not read and the transaction must go: rows are dropped until it has gone
 
 	backslash atomic.Bool // standard_conforming_strings is off
@@ -210,6 +211,10 @@ func (s *session) run() {
 	err := s.clientLoop()
 	s.endByClient(err)
 	<-serverDone
+	if c := s.commitOp.commit; c != nil { // begun when the server loop had ended already: nobody has conducted it
+		c.Lost()
+		c.Close()
+	}
 	s.mu.Lock()
 	for s.evicting || s.cancels > 0 {
 		s.changed.Wait()
@@ -319,16 +324,29 @@ func (s *session) flushClientLocked() error {
 		s.hurried = false
 		s.mu.Unlock()
 		if hurried {
-			_ = s.client.SetWriteDeadline(time.Time{})
-			if evicted {
-				s.doomed = true
-				return nil
-			}
+			// The deadline says that somebody is in a hurry, not that the client does not read: it may have passed
+			// before there was anything to write.
+			_ = s.client.SetWriteDeadline(time.Now().Add(evictRetry))
 			err = s.toClient.flush()
+			_ = s.client.SetWriteDeadline(time.Time{})
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				if evicted {
+					s.doomed = true
+					return nil
+				}
+				err = s.toClient.flush()
+			}
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("write to client: %w", err)
+	if err != nil && !s.gone {
+		// The client is gone. Ending the session is the client loop's, which waits for a commit in progress; until then
+		// the server loop goes on, for nobody.
+		s.gone = true
+		s.log.Debug("write to client", logkey.Error, err)
+		_ = s.client.Close()
+	}
+	if s.gone {
+		s.toClient.buf = s.toClient.buf[:0]
 	}
 	return nil
 }
