@@ -14,9 +14,9 @@ import (
 // Build compiles the quorate command into dir and returns its path. With race it has the race detector in it, and
 // is then several times slower and bigger: fit for tests, not for measurements.
 func Build(ctx context.Context, dir string, race bool) (string, error) {
-	name, args := "quorate", []string{"build"}
+	name, args := "quorate-tested", []string{"build"}
 	if race {
-		name, args = "quorate-race", append(args, "-race")
+		name, args = "quorate-tested-race", append(args, "-race")
 	}
 	path := filepath.Join(dir, name)
 	args = append(args, "-o", path, "github.com/quorate/quorate/cmd/quorate")

@@ -56,11 +56,14 @@ func (c *Cluster) fence(ctx context.Context, i int, fence string) error {
 	insert := "INSERT INTO " + fenceTable + " VALUES ($1)"
 	return poll(ctx, func() error {
 		_, err := conn.Exec(ctx, insert, fence)
-		if SQLState(err) == "42P01" { // the first fence of this cluster
-			_, err = conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+fenceTable+" (id text PRIMARY KEY)")
-			err = errors.Join(err, errors.New("fence table just created"))
+		if SQLState(err) == "42P01" { // the first fence of this cluster, or the table is on its way from another node
+			if _, err = conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+fenceTable+" (id text PRIMARY KEY)"); err == nil {
+				return errors.New("write fence: the table was missing until now")
+			}
 		}
-		if err == nil || IsConflict(err) || SQLState(err) == "42P01" || SQLState(err) == "" {
+		// 23505 is PostgreSQL's answer when somebody else creates the same table at the same time, with IF NOT EXISTS
+		// too.
+		if err == nil || IsConflict(err) || SQLState(err) == "23505" {
 			return err
 		}
 		return stopPolling{fmt.Errorf("write fence on node %d: %w", i, err)}
@@ -288,6 +291,33 @@ func (c *Cluster) checkLeftovers(ctx context.Context, i int) error {
 		}
 		return nil
 	})
+}
+
+// Activity tells what the sessions of every node are doing, and whom they wait for: for the log of a test that failed.
+func (c *Cluster) Activity(ctx context.Context) string {
+	var b strings.Builder
+	for i := 1; i <= c.Nodes; i++ {
+		fmt.Fprintf(&b, "---- sessions of node %d\n", i)
+		conn, err := c.Direct(ctx, i)
+		if err != nil {
+			fmt.Fprintln(&b, err)
+			continue
+		}
+		rows, err := conn.Query(ctx, `
+			SELECT format('%s %s %s for %s, waits for %s/%s, behind %s: %s', pid, application_name, state, clock_timestamp() - state_change,
+				wait_event_type, wait_event, pg_blocking_pids(pid), left(query, 200))
+			FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend' ORDER BY pid`)
+		if err == nil {
+			var lines []string
+			lines, err = pgx.CollectRows(rows, pgx.RowTo[string])
+			b.WriteString(strings.Join(lines, "\n") + "\n")
+		}
+		if err != nil {
+			fmt.Fprintln(&b, err)
+		}
+		closeConn(conn)
+	}
+	return b.String()
 }
 
 // Verify is what must hold after every workload: all nodes settle, are equal and hold nothing back.

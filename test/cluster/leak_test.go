@@ -127,7 +127,7 @@ func TestStuckReader(t *testing.T) {
 	frontend := reader.PgConn().Frontend()
 	frontend.Send(query("SELECT repeat('x', 1000) FROM generate_series(1, 200000)"))
 	check(t, frontend.Flush())
-	awaitQuery(t, ctx, watcher, "SELECT wait_event = 'ClientWrite' FROM pg_stat_activity WHERE pid = $1", backend)
+	awaitQuery(t, ctx, watcher, "SELECT coalesce(wait_event, '') = 'ClientWrite' FROM pg_stat_activity WHERE pid = $1", backend)
 	must(t, ctx, winner, "UPDATE stuck SET v = 'winner'")
 	awaitQuery(t, ctx, watcher, "SELECT v = 'winner' FROM stuck")
 	// It is told, or its connection has been closed.
@@ -162,7 +162,6 @@ func TestRefusesToStart(t *testing.T) {
 	foreign := filepath.Join(dir, "foreign")
 	check(t, os.MkdirAll(filepath.Join(foreign, "node1", "pgdata"), 0o755))
 	check(t, os.WriteFile(filepath.Join(foreign, "node1", "pgdata", "letters.txt"), []byte("dear"), 0o644))
-	demo := filepath.Join(dir, "demo")
 	for _, test := range []struct {
 		name string
 		args []string
@@ -171,10 +170,10 @@ func TestRefusesToStart(t *testing.T) {
 		{"unknown key", []string{"run", "--config", unknown}, "speed"},
 		{"no YAML", []string{"run", "--config", broken}, "broken.yaml"},
 		{"no file", []string{"run", "--config", filepath.Join(dir, "none.yaml")}, "none.yaml"},
-		{"no nodes", []string{"demo", "--dir", demo, "--nodes", "0"}, "nodes"},
-		{"port too high", []string{"demo", "--dir", demo, "--base-port", "65500"}, "port"},
-		{"port taken", []string{"demo", "--dir", demo, "--base-port", strconv.Itoa(port - 1)}, strconv.Itoa(port)},
-		{"no PostgreSQL", []string{"demo", "--dir", demo, "--base-port", "20900", "--pg-bin", filepath.Join(dir, "nowhere")}, "nowhere"},
+		{"no nodes", []string{"demo", "--dir", filepath.Join(dir, "demo"), "--nodes", "0"}, "nodes"},
+		{"port too high", []string{"demo", "--dir", filepath.Join(dir, "demo"), "--base-port", "65500"}, "port"},
+		{"port taken", []string{"demo", "--dir", filepath.Join(dir, "demo"), "--base-port", strconv.Itoa(port - 1)}, strconv.Itoa(port)},
+		{"no PostgreSQL", []string{"demo", "--dir", filepath.Join(dir, "demo2"), "--base-port", "20900", "--pg-bin", filepath.Join(dir, "nowhere")}, "nowhere"},
 		{"somebody else's directory", []string{"demo", "--dir", foreign, "--base-port", "20900"}, "pgdata"},
 		{"nobody there", []string{"status", "--address", "127.0.0.1:1"}, "127.0.0.1:1"},
 		{"unknown command", []string{"jump"}, "jump"},

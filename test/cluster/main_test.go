@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,12 +18,16 @@ import (
 )
 
 // testTimeout bounds one test on the shared cluster. It is a bound for the broken case and not a measure of speed.
-const testTimeout = 60 * time.Second
+const testTimeout = 20 * time.Second
 
 // attachVariable names clusters that run already, to try the tests against: gateway and PostgreSQL of each node,
 // for example "127.0.0.1:6001/127.0.0.1:6101,127.0.0.1:6002/127.0.0.1:6102". Tests that stop or kill processes are
 // left out then.
 const attachVariable = "QUORATE_ATTACH"
+
+// stacksVariable, when set, makes a test that failed end the shared cluster with SIGQUIT, so that the log shows what
+// every goroutine was doing.
+const stacksVariable = "QUORATE_STACKS"
 
 // fixtures are what tests share: compiled commands, and one cluster for all tests that do not stop anything.
 var fixtures struct {
@@ -95,7 +100,7 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 		}
 		f.shared = cluster.Attach(nodes)
 	}
-	if f.broken != nil && !f.shared.Attached() {
+	if f.broken != nil && f.shared != nil && !f.shared.Attached() {
 		check(t, f.shared.Destroy())
 		f.shared = nil
 	}
@@ -121,12 +126,25 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 func verifyShared(t *testing.T, c *cluster.Cluster) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
+	if t.Failed() {
+		t.Log(c.Activity(ctx)) // before anything is waited for
+	}
 	err := c.Verify(ctx)
 	if err != nil {
 		t.Error(err)
 		fixtures.Lock()
 		fixtures.broken = fmt.Errorf("%s: %w", t.Name(), err)
 		fixtures.Unlock()
+	}
+	if t.Failed() && os.Getenv(stacksVariable) != "" && !c.Attached() {
+		for i := 1; i <= c.Nodes; i++ {
+			if pid, err := c.SidecarPID(i); err == nil {
+				t.Logf("SIGQUIT to node %d: %v", i, syscall.Kill(pid, syscall.SIGQUIT))
+			}
+		}
+		time.Sleep(time.Second) // for them to write
+		t.Log(c.Logs(4000))
+		t.Fatal("the cluster was ended to see what it was doing")
 	}
 	if t.Failed() {
 		t.Log(c.Logs(25))

@@ -21,7 +21,7 @@ func position(t *testing.T, ctx context.Context, c *cluster.Cluster) uint64 {
 	check(t, err)
 	var status struct {
 		Members []struct {
-			AppliedCSN uint64 `json:"applied_csn,string"`
+			AppliedCSN uint64 `json:"applied_csn"`
 		}
 	}
 	if err := json.Unmarshal(out, &status); err != nil {
