@@ -23,26 +23,30 @@ import (
 // This file holds the joints: each consumer declares the interface it needs in its own words, and here the packages
 // that provide it are fitted to them.
 
-// deliver takes one decision of the log, in order.
-func (n *Node) deliver(d replication.Decision) {
-	gid := d.Set.GID
-	own := gid.Node == n.cfg.Node
-	var held *coord.Transaction
-	if own && gid.Incarnation == n.incarnation {
-		held = n.coord.Decided(gid, d.Verdict)
+// deliver takes the decisions of one log entry.
+func (n *Node) deliver(decisions []replication.Decision) {
+	items := make([]apply.Item, 0, len(decisions))
+	for _, d := range decisions {
+		gid := d.Set.GID
+		own := gid.Node == n.cfg.Node
+		var held *coord.Transaction
+		if own && gid.Incarnation == n.incarnation {
+			held = n.coord.Decided(gid, d.Verdict)
+		}
+		if !d.Verdict.Commits() {
+			continue
+		}
+		item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
+		switch {
+		case held != nil:
+			item.Local = local{held}
+		case own && gid.Incarnation != n.incarnation:
+			item.Local = earlier{}
+		}
+		items = append(items, item)
 	}
-	if !d.Verdict.Commits() {
-		return
-	}
-	item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
-	switch {
-	case held != nil:
-		item.Local = local{held}
-	case own && gid.Incarnation != n.incarnation:
-		item.Local = earlier{}
-	}
-	if err := n.pipeline.Enqueue(n.ctx, item); err != nil && n.ctx.Err() == nil {
-		n.fail(fmt.Errorf("queue transaction %d for apply: %w", item.CSN, err))
+	if err := n.pipeline.Enqueue(n.ctx, items...); err != nil && n.ctx.Err() == nil {
+		n.fail(fmt.Errorf("queue transactions for apply: %w", err))
 	}
 }
 

@@ -30,8 +30,8 @@ type Decision struct {
 
 // Config configures a Machine. All fields are required.
 type Config struct {
-	// Deliver takes decisions in log order. It may block: that is the back-pressure on the log.
-	Deliver func(Decision)
+	// Deliver takes the decisions of one entry, in log order. It may block: that is the back-pressure on the log.
+	Deliver func([]Decision)
 	// Processed says that every decision of the entries up to index has been delivered.
 	Processed func(index txn.LogIndex)
 	// Durable returns when the local PostgreSQL will not forget the transactions up to csn, not even in a crash.
@@ -83,8 +83,8 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 	m.mu.Lock()
 	decisions := m.decide(index, entry)
 	m.mu.Unlock()
-	for _, d := range decisions {
-		m.cfg.Deliver(d)
+	if len(decisions) > 0 {
+		m.cfg.Deliver(decisions)
 	}
 	if entry.Member != nil {
 		m.cfg.Member(*entry.Member)

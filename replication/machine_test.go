@@ -25,7 +25,7 @@ type recorder struct {
 func newRecorder() *recorder {
 	r := &recorder{}
 	r.Machine = New(Config{
-		Deliver:   func(d Decision) { r.decisions = append(r.decisions, d) },
+		Deliver:   func(d []Decision) { r.decisions = append(r.decisions, d...) },
 		Processed: func(i txn.LogIndex) { r.processed = i },
 		Durable:   func(txn.CSN) error { return nil },
 		Member:    func(codec.Member) {},

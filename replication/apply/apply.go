@@ -49,8 +49,8 @@ type Local interface {
 	Committed() bool
 	// PID is the session's server process.
 	PID() uint32
-	// Visible tells that the session's transaction was lost, but that it has been applied from the log and is
-	// visible now.
+	// Visible tells that the session's transaction, which did not report Committed, is visible: it was applied from the
+	// log, or the server turned out to have committed it.
 	Visible(csn txn.CSN)
 }
 

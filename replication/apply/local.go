@@ -44,6 +44,7 @@ func (p *Pipeline) finishLocals(ctx context.Context) error {
 		}
 		if committed {
 			p.visible(e, false)
+			e.local.Visible(e.last) // its session has not seen that it did commit
 			continue
 		}
 		p.setState(e, stateRunning)

@@ -135,44 +135,60 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	return err
 }
 
-// Enqueue adds the next transaction; items come in CSN order without gaps, from one goroutine at a time. It waits
-// while the queue is full. Items up to Config.Start are booked and ignored. The error is ctx's or, wrapped, why the
-// Pipeline stopped.
-func (p *Pipeline) Enqueue(ctx context.Context, item Item) error {
-	size := len(item.Set.Changes) + len(item.Set.Keys)*24 + 256
+// Enqueue adds the next transactions, all of one log entry; they come in CSN order without gaps, from one goroutine at
+// a time. It waits while the queue is full. Items up to Config.Start are booked and ignored. The error is ctx's or,
+// wrapped, why the Pipeline stopped.
+func (p *Pipeline) Enqueue(ctx context.Context, items ...Item) error {
 	p.mu.Lock()
-	if item.CSN <= p.cfg.Start {
-		p.mu.Unlock()
-		return nil
-	}
-	for p.items > 0 && (p.items >= p.cfg.MaxItems || p.bytes+size > p.cfg.MaxBytes) {
-		if p.space == nil {
-			p.space = make(chan struct{})
+	for _, item := range items {
+		if item.CSN <= p.cfg.Start {
+			continue
 		}
-		space := p.space
-		p.mu.Unlock()
-		select {
-		case <-space:
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-p.stopped:
-			return p.stopError()
+		size := len(item.Set.Changes) + len(item.Set.Keys)*24 + 256
+		if err := p.awaitSpace(ctx, size); err != nil {
+			p.mu.Unlock()
+			return err
 		}
-		p.mu.Lock()
+		invariant.Check(item.CSN == p.enqueued+1, "apply: transaction %d queued after %d", item.CSN, p.enqueued)
+		p.enqueued = item.CSN
+		p.items++
+		p.bytes += size
+		p.add(item, size)
 	}
-	if p.failure != nil {
-		p.mu.Unlock()
-		return p.stopError()
-	}
-	invariant.Check(item.CSN == p.enqueued+1, "apply: transaction %d queued after %d", item.CSN, p.enqueued)
-	p.enqueued = item.CSN
-	p.items++
-	p.bytes += size
-	p.add(item, size)
 	release := p.advance()
 	p.schedule()
 	p.mu.Unlock()
 	release.do(p)
+	return nil
+}
+
+// awaitSpace waits until an item of this size fits. Requires mu, which it gives up meanwhile; what is queued is sent
+// on its way first, since only that makes space.
+func (p *Pipeline) awaitSpace(ctx context.Context, size int) error {
+	for p.failure == nil && p.items > 0 && (p.items >= p.cfg.MaxItems || p.bytes+size > p.cfg.MaxBytes) {
+		if p.space == nil {
+			p.space = make(chan struct{})
+		}
+		space, release := p.space, p.advance()
+		p.schedule()
+		p.mu.Unlock()
+		release.do(p)
+		var err error
+		select {
+		case <-space:
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-p.stopped:
+			err = p.stopError()
+		}
+		p.mu.Lock()
+		if err != nil {
+			return err
+		}
+	}
+	if p.failure != nil {
+		return fmt.Errorf("apply: %w", p.failure)
+	}
 	return nil
 }
 
@@ -190,9 +206,9 @@ func (p *Pipeline) add(item Item, size int) {
 	conflict, before = max(conflict, p.barrier), max(before, p.barrier)
 	if mergeable {
 		// A conflict with the tail would make the item wait for it anyway. Otherwise merging pays when no worker
-		// would start it now; but not at the price of making the tail wait for what only the item conflicts with.
+		// would start it now, or when it came together with the tail; but not at the price of making the tail wait for what only the item conflicts with.
 		spare := p.worthAnother() && (len(p.idle) > 1 || len(p.idle) == 1 && p.unstarted.len() == 0)
-		mergeable = conflict >= tail.first || !spare && before <= tail.after
+		mergeable = conflict >= tail.first || (!spare || tail.index == item.Index) && before <= tail.after
 	}
 	p.note(item.Set.Keys, item.CSN)
 	if mergeable {

@@ -48,11 +48,8 @@ type Config struct {
 	// CommitTimeout bounds how long a commit may wait to be ordered; then it is undone where it certainly was not,
 	// and reported as unknown where it may have been. Default 10 s.
 	CommitTimeout time.Duration
-	// MaxInFlight is the number of proposals under way at once; write sets that arrive meanwhile form the next
-	// batch. Default 2: one being replicated while the next is being written.
-	MaxInFlight int
-	Logger      *slog.Logger
-	Registerer  prometheus.Registerer
+	Logger        *slog.Logger
+	Registerer    prometheus.Registerer
 }
 
 // Bounds of one batch. A larger write set than batchBytes travels alone.
@@ -60,6 +57,12 @@ const (
 	batchBytes = 1 << 20
 	batchCount = 256
 )
+
+// maxUnfinished is how many of this node's transactions may have been decided, but not yet been let through, when the
+// next batch is proposed. Transactions become visible one after another, so while more than that wait for their turn,
+// another decision gains nothing, and every entry costs all nodes the same whether it holds one transaction or ten.
+// Batches thus grow under load, and a lone client never waits. It is as many as become visible during a proposal.
+const maxUnfinished = 4
 
 // Coordinator is safe for concurrent use. Run must be running for commits to make progress.
 type Coordinator struct {
@@ -71,7 +74,8 @@ type Coordinator struct {
 	sequence uint64
 	open     map[txn.GID]*Transaction // registered and not finished
 	queue    []*Transaction           // complete write sets that wait for a proposal; bounded by the open sessions
-	arrived  *sync.Cond               // on mu: queue grew, or closed
+	waiting  int                      // how many are decided and not finished
+	due      *sync.Cond               // on mu: a batch may be due, or the coordinator was closed
 	large    errgroup.Group           // one goroutine per large write set that is sent in chunks
 }
 
@@ -80,11 +84,8 @@ func New(cfg Config) *Coordinator {
 	if cfg.CommitTimeout <= 0 {
 		cfg.CommitTimeout = 10 * time.Second
 	}
-	if cfg.MaxInFlight <= 0 {
-		cfg.MaxInFlight = 2
-	}
 	c := &Coordinator{cfg: cfg, open: make(map[txn.GID]*Transaction), metrics: newMetrics(cfg.Registerer)}
-	c.arrived = sync.NewCond(&c.mu)
+	c.due = sync.NewCond(&c.mu)
 	return c
 }
 
@@ -92,20 +93,10 @@ func New(cfg Config) *Coordinator {
 func (c *Coordinator) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, c.shut)
 	defer stop()
-	var proposers errgroup.Group
-	for range c.cfg.MaxInFlight {
-		proposers.Go(func() error {
-			for {
-				batch := c.take()
-				if batch == nil {
-					return nil
-				}
-				c.propose(ctx, batch)
-			}
-		})
+	for batch := c.take(); batch != nil; batch = c.take() {
+		c.propose(ctx, batch)
 	}
-	err := proposers.Wait()
-	return errors.Join(err, c.large.Wait())
+	return c.large.Wait()
 }
 
 func (c *Coordinator) shut() {
@@ -120,7 +111,7 @@ func (c *Coordinator) shut() {
 			t.send(txn.Event{Step: txn.StepAbort, Reason: txn.AbortNoQuorum})
 		}
 	}
-	c.arrived.Broadcast()
+	c.due.Signal()
 }
 
 // Applied is the CSN up to which everything is visible here: a transaction's base.
@@ -208,15 +199,15 @@ func discard(parts txn.Parts) {
 func (c *Coordinator) enqueue(t *Transaction) {
 	t.state = queued
 	c.queue = append(c.queue, t)
-	c.arrived.Signal()
+	c.due.Signal()
 }
 
 // take waits for work and returns the next batch, nil when closed.
 func (c *Coordinator) take() []*Transaction {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for len(c.queue) == 0 && !c.closed {
-		c.arrived.Wait()
+	for (len(c.queue) == 0 || c.waiting > maxUnfinished) && !c.closed {
+		c.due.Wait()
 	}
 	if c.closed {
 		return nil
@@ -236,9 +227,6 @@ func (c *Coordinator) take() []*Transaction {
 		batch = append(batch, t)
 	}
 	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
-	if len(c.queue) > 0 {
-		c.arrived.Signal()
-	}
 	return batch
 }
 
@@ -336,6 +324,14 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 	t.abort(txn.AbortNoQuorum)
 }
 
+// finish ends a transaction that was decided. Called with mu held.
+func (c *Coordinator) finish(t *Transaction) {
+	t.state = finished
+	delete(c.open, t.gid)
+	c.waiting--
+	c.due.Signal()
+}
+
 // Decided takes the certifier's verdict on one of this node's transactions, in log order. For a commit it returns
 // the open transaction, nil if no session holds it any more, so that the log alone must be applied.
 func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
@@ -353,6 +349,7 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 	if v.Commits() {
 		t.state, t.csn = decided, v.CSN
 		t.set = nil
+		c.waiting++
 		return t
 	}
 	t.state = finished

@@ -67,12 +67,12 @@ type bench struct {
 }
 
 // run runs f in fake time against a started coordinator, and checks that nothing is left afterwards.
-func run(t *testing.T, inFlight int, f func(b bench)) {
+func run(t *testing.T, f func(b bench)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		order := &scriptedOrder{proposals: make(chan proposal), leader: make(chan struct{})}
 		c := New(Config{Node: 1, Incarnation: 7, Database: "postgres", Order: order, Visibility: fixedVisibility{10, 12},
-			MaxInFlight: inFlight, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
+			Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- c.Run(ctx) }()
@@ -129,7 +129,7 @@ func someSet() *txn.WriteSet {
 }
 
 func TestCommitInTurn(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		if tx.Base() != 11 || tx.Seen() != 12 || !b.Expecting(tx.GID()) {
 			b.Fatalf("base %d, seen %d", tx.Base(), tx.Seen())
@@ -159,7 +159,7 @@ func TestCommitInTurn(t *testing.T) {
 }
 
 func TestStepsWithoutTheLog(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		b.Marked(tx.GID(), nil, nil, nil)
 		b.want(tx, txn.StepNudge)
@@ -184,7 +184,7 @@ func TestStepsWithoutTheLog(t *testing.T) {
 }
 
 func TestConflict(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		b.mark(tx)
 		(<-b.order.proposals).answer <- nil
@@ -199,7 +199,7 @@ func TestConflict(t *testing.T) {
 }
 
 func TestBatchFormsWhileAProposalIsInFlight(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		first := b.begin()
 		b.mark(first)
 		p := <-b.order.proposals
@@ -223,9 +223,46 @@ func TestBatchFormsWhileAProposalIsInFlight(t *testing.T) {
 	})
 }
 
+// While many wait for their turn, nothing is gained by deciding more.
+func TestBatchGrowsWhileTransactionsWaitForTheirTurn(t *testing.T) {
+	run(t, func(b bench) {
+		var first []*Transaction
+		for range maxUnfinished + 1 {
+			tx := b.begin()
+			b.mark(tx)
+			first = append(first, tx)
+		}
+		for decided := 0; decided < len(first); {
+			p := <-b.order.proposals
+			for _, set := range p.entry.Transactions {
+				decided++
+				b.Decided(set.GID, txn.Verdict{CSN: txn.CSN(12 + decided)})
+			}
+			p.answer <- nil
+		}
+		for range 3 {
+			b.mark(b.begin())
+		}
+		synctest.Wait()
+		select {
+		case <-b.order.proposals:
+			t.Fatal("proposed while others wait for their turn")
+		default:
+		}
+		first[0].Release()
+		b.want(first[0], txn.StepRelease)
+		first[0].Committed()
+		if p := <-b.order.proposals; len(p.entry.Transactions) != 3 {
+			t.Errorf("batch of %d", len(p.entry.Transactions))
+		} else {
+			p.answer <- nil
+		}
+	})
+}
+
 // A session whose local transaction is gone learns its fate from the log, wherever it was when it died.
 func TestLost(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		early := b.begin()
 		early.Lost()
 		if e := b.want(early, txn.StepAbort); e.Reason != txn.AbortEvicted {
@@ -267,7 +304,7 @@ func TestLost(t *testing.T) {
 }
 
 func TestNoQuorumUndoes(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		b.mark(tx)
 		for range 3 {
@@ -283,7 +320,7 @@ func TestNoQuorumUndoes(t *testing.T) {
 
 // One attempt that may have reached the log is enough: then only the log can say no.
 func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		b.mark(tx)
 		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
@@ -307,7 +344,7 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 }
 
 func TestDuplicateVerdictIsIgnored(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		b.mark(tx)
 		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
@@ -341,7 +378,7 @@ func (p *someParts) Next() ([]byte, error) {
 func (p *someParts) Close() error { p.closed = true; return nil }
 
 func TestLargeWriteSetTravelsInParts(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		tx := b.begin()
 		parts := &someParts{parts: [][]byte{{1, 'I'}, {1, 'U'}}}
 		set := someSet()
@@ -374,7 +411,7 @@ func TestLargeWriteSetTravelsInParts(t *testing.T) {
 }
 
 func TestCloseAnswersEverybody(t *testing.T) {
-	run(t, 1, func(b bench) {
+	run(t, func(b bench) {
 		waiting, inLog := b.begin(), b.begin()
 		b.mark(inLog)
 		<-b.order.proposals

@@ -125,10 +125,10 @@ func (t *Transaction) reportLocked(committed bool) {
 	t.lost = !committed
 	close(t.finished)
 	switch {
+	case t.state == finished:
 	case committed:
 		invariant.Check(t.state == released, "transaction %s committed in state %d, before its turn", t.gid, t.state)
-		t.state = finished
-		delete(t.c.open, t.gid)
+		t.c.finish(t)
 		t.c.metrics.total.Observe(time.Since(t.begun).Seconds())
 	case t.state == registered:
 		t.abort(txn.AbortEvicted)
@@ -143,12 +143,15 @@ func (t *Transaction) DidCommit() bool {
 	return t.committed
 }
 
-// Visible says that the transaction was applied from the log and can be seen.
+// Visible says that the transaction can be seen although the session did not report that it committed. The report may
+// still come; it is late then, but true.
 func (t *Transaction) Visible(csn txn.CSN) {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
-	t.state = finished
-	delete(t.c.open, t.gid)
+	if t.state == finished {
+		return
+	}
+	t.c.finish(t)
 	t.send(txn.Event{Step: txn.StepVisible, CSN: csn})
 }
 
