@@ -143,7 +143,7 @@ func (s *session) startCommit(op commitOp) error {
 	s.leaveBlock(op.chain)
 	s.commitOp = op
 	s.mu.Lock()
-	if s.stopping && s.ended {
+	if s.ended {
 		s.mu.Unlock()
 		return errEnded
 	}

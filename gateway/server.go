@@ -45,7 +45,9 @@ func (s *session) unexpected(m message) error {
 	if m.typ != 'E' {
 		return fmt.Errorf("message %q from server without a request", m.typ)
 	}
+	s.mu.Lock()
 	s.fatal = true
+	s.mu.Unlock()
 	return s.relay(m)
 }
 

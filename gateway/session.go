@@ -211,6 +211,7 @@ func (s *session) run() {
 	err := s.clientLoop()
 	s.endByClient(err)
 	<-serverDone
+	_ = s.client.Close() // not before both have said their last words
 	if c := s.commitOp.commit; c != nil { // begun when the server loop had ended already: nobody has conducted it
 		c.Lost()
 		c.Close()
@@ -256,7 +257,6 @@ func (s *session) endByClient(err error) {
 		s.wmu.Unlock()
 	}
 	_ = s.toServer.conn.Close() // ends the server loop
-	_ = s.client.Close()
 }
 
 // endByServer ends the session when the server is gone or the server loop has had the last word.
@@ -281,7 +281,7 @@ func (s *session) endByServer(err error) {
 	_ = s.toClient.flush() // the last thing it hears; it may be gone
 	s.cmu.Unlock()
 	_ = s.toServer.conn.Close()
-	_ = s.client.Close() // ends the client loop
+	_ = s.client.SetReadDeadline(time.Unix(1, 0)) // ends the client loop
 }
 
 // drain ends the session at the end of its transaction, or now if it has none.
@@ -343,7 +343,7 @@ func (s *session) flushClientLocked() error {
 		// the server loop goes on, for nobody.
 		s.gone = true
 		s.log.Debug("write to client", logkey.Error, err)
-		_ = s.client.Close()
+		_ = s.client.SetReadDeadline(time.Unix(1, 0))
 	}
 	if s.gone {
 		s.toClient.buf = s.toClient.buf[:0]
