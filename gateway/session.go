@@ -211,7 +211,7 @@ func (s *session) run() {
 	err := s.clientLoop()
 	s.endByClient(err)
 	<-serverDone
-	_ = s.client.Close() // not before both have said their last words
+	_ = s.client.Close()                  // not before both have said their last words
 	if c := s.commitOp.commit; c != nil { // begun when the server loop had ended already: nobody has conducted it
 		c.Lost()
 		c.Close()
