@@ -36,7 +36,7 @@ func checkPgbench(t *testing.T, ctx context.Context, c *cluster.Cluster, acknowl
 // TestPgbench runs pgbench's three scripts in its three protocols, on all nodes at once.
 func TestPgbench(t *testing.T) {
 	c, ctx := shared(t)
-	initPgbench(t, ctx, c, 1)
+	initPgbench(t, ctx, c, 3)
 	var acknowledged atomic.Int64
 	for _, script := range []string{"tpcb-like", "simple-update", "select-only"} {
 		var group sync.WaitGroup
@@ -45,7 +45,7 @@ func TestPgbench(t *testing.T) {
 			group.Go(func() {
 				r, err := cluster.Pgbench{
 					Address: c.Gateway(node), Args: []string{"-b", script, "-M", protocol},
-					Clients: 3, Duration: 2 * time.Second, MaxTries: 1000,
+					Clients: 2, Duration: 2 * time.Second, MaxTries: 10_000,
 				}.Run(ctx)
 				if err != nil {
 					t.Errorf("%s, %s, node %d: %v", script, protocol, node, err)
@@ -91,7 +91,7 @@ func TestStress(t *testing.T) {
 	c, _ := shared(t)
 	ctx, cancel := context.WithTimeout(t.Context(), duration+2*testTimeout)
 	defer cancel()
-	initPgbench(t, ctx, c, 3)
+	initPgbench(t, ctx, c, 5)
 	create(t, ctx, c,
 		"DROP TABLE IF EXISTS s_hot, s_upsert, s_claim, s_local, s_child, s_parent",
 		"CREATE TABLE s_hot (id int PRIMARY KEY, n bigint NOT NULL)", "INSERT INTO s_hot VALUES (1, 0)",
@@ -136,7 +136,7 @@ func TestStress(t *testing.T) {
 		}
 		group.Go(func() {
 			r, err := cluster.Pgbench{
-				Address: c.Gateway(i), Args: []string{"-b", "tpcb-like"}, Clients: 3, Duration: duration, MaxTries: 10_000,
+				Address: c.Gateway(i), Args: []string{"-b", "tpcb-like"}, Clients: 2, Duration: duration, MaxTries: 10_000,
 			}.Run(ctx)
 			if err != nil {
 				t.Errorf("pgbench on node %d: %v", i, err)

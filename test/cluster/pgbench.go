@@ -85,10 +85,14 @@ func (b Pgbench) Run(ctx context.Context) (PgbenchResult, error) {
 	if strings.Contains(r.Output, "Run was aborted") {
 		return r, fmt.Errorf("run pgbench %s: a client aborted\n%s", strings.Join(b.Args, " "), tail(r.Output, 30))
 	}
+	if err := scan(r.Output, pgbenchDone, &r.Transactions); err != nil {
+		return r, err
+	}
+	if r.Transactions == 0 { // then it prints no speed
+		return r, nil
+	}
 	var latency float64
-	err = errors.Join(
-		scan(r.Output, pgbenchDone, &r.Transactions), scan(r.Output, pgbenchTPS, &r.TPS),
-		scan(r.Output, pgbenchLatency, &latency))
+	err = errors.Join(scan(r.Output, pgbenchTPS, &r.TPS), scan(r.Output, pgbenchLatency, &latency))
 	if err != nil {
 		return r, err
 	}
