@@ -408,12 +408,6 @@ func (s *session) front() (reply, bool) {
 	return s.queue[s.head], true
 }
 
-func (s *session) pop() {
-	s.mu.Lock()
-	s.popLocked()
-	s.mu.Unlock()
-}
-
 func (s *session) popLocked() {
 	s.streaming = false
 	s.queue[s.head] = reply{}

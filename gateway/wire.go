@@ -64,9 +64,6 @@ func (rd *reader) next(idle func() error) (message, error) {
 	return m, nil
 }
 
-// pending reports whether the beginning of another message has already been read.
-func (rd *reader) pending() bool { return rd.w > rd.r }
-
 // peek returns the type of the next message if all of it has already been read, else 0.
 func (rd *reader) peek() byte {
 	if rd.w-rd.r < 5 {
