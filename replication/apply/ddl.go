@@ -7,28 +7,17 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
-
-// ddlPrefix is the prefix of the logical messages that our event trigger emits.
-const ddlPrefix = "quorate.ddl"
-
-// ddlMessage is what such a message holds. It also lists the affected tables, which are of interest to capture only.
-type ddlMessage struct {
-	SQL        string            `json:"sql"`
-	SearchPath string            `json:"search_path"`
-	Role       string            `json:"role"`
-	Tag        string            `json:"tag"`
-	Settings   map[string]string `json:"settings"`
-}
 
 // logical replays DDL; other logical messages are not for us.
 func (s *session) logical(csn txn.CSN, message []byte) error {
 	prefix, content, err := parseLogical(message)
-	if err != nil || prefix != ddlPrefix {
+	if err != nil || prefix != pg.PrefixDDL {
 		return err
 	}
-	var m ddlMessage
+	var m pg.DDL
 	if err := json.Unmarshal(content, &m); err != nil {
 		return fmt.Errorf("read DDL: %w: %w", txn.ErrCorrupt, err)
 	}
@@ -54,7 +43,7 @@ func asDDL(csn txn.CSN, tag string, err error) error {
 
 // ddl executes a statement as the role and under the settings that it had at the origin, and makes the session what
 // it was.
-func (s *session) ddl(m ddlMessage) error {
+func (s *session) ddl(m pg.DDL) error {
 	sql := m.SQL
 	if m.Tag == "CREATE TABLE AS" {
 		sql = withNoData(sql) // the rows follow as changes of their own

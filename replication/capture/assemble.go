@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -161,9 +162,9 @@ func (a *assembler) ddl(record []byte) error {
 	if err != nil {
 		return err
 	}
-	var d ddlMessage
+	var d pg.DDL
 	if err := json.Unmarshal(m.content, &d); err != nil {
-		return fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, prefixDDL, err)
+		return fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, pg.PrefixDDL, err)
 	}
 	if d.Tables == nil {
 		a.keys.ddlAnywhere()

@@ -296,7 +296,7 @@ func (r *reader) read(message []byte) string {
 		}
 		return fmt.Sprintf("TRUNCATE %v options %d", names, m.Option)
 	case *pglogrepl.LogicalDecodingMessage:
-		if m.Prefix == prefixDDL {
+		if m.Prefix == pg.PrefixDDL {
 			return fmt.Sprintf("DDL %s", m.Content)
 		}
 	}

@@ -26,13 +26,6 @@ const (
 	msgStreamAbort  = 'A'
 )
 
-// The prefixes of Quorate's own logical messages.
-const (
-	prefixSeal   = "quorate.seal"
-	prefixMarker = "quorate.marker"
-	prefixDDL    = "quorate.ddl"
-)
-
 // localSchema holds each node's own tables, which are never replicated.
 const localSchema = "quorate"
 
@@ -237,11 +230,3 @@ func parseLogical(body []byte) (logical, error) {
 	return m, nil
 }
 
-// ddlMessage is what capture needs to know of the content of a DDL message.
-type ddlMessage struct {
-	// XID is the subtransaction, or transaction, in which the statement ran: the xmin of a row that the trigger
-	// inserted. 0 means that it is not known.
-	XID uint32 `json:"xid"`
-	// Tables are the tables that the statement concerns; nil if that may be any.
-	Tables *[][2]string `json:"tables"`
-}

@@ -254,7 +254,7 @@ func (s *stream) abort(xid, sub uint32) {
 	// The seal itself may have been in there: the server gives every message the top-level xid.
 	tx.seal = txn.GID{}
 	if tx.floating {
-		s.fail(tx, fmt.Errorf("a savepoint was rolled back, and a message %s does not tell whether it belonged to that", prefixDDL))
+		s.fail(tx, fmt.Errorf("a savepoint was rolled back, and a message %s does not tell whether it belonged to that", pg.PrefixDDL))
 		return
 	}
 	before := len(tx.journal.tail)
@@ -434,17 +434,17 @@ func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error
 	}
 	switch {
 	case !m.transactional:
-		if string(m.prefix) == prefixMarker {
+		if string(m.prefix) == pg.PrefixMarker {
 			s.marker(ctx, string(m.content), sent)
 		}
 	case s.current == nil:
 		return malformed(body)
-	case string(m.prefix) == prefixSeal:
+	case string(m.prefix) == pg.PrefixSeal:
 		// One that is not ours is no seal, and no change either.
 		if gid, err := txn.ParseGID(string(m.content)); err == nil {
 			s.current.seal = gid
 		}
-	case string(m.prefix) == prefixDDL:
+	case string(m.prefix) == pg.PrefixDDL:
 		return s.ddl(body, m.content)
 	}
 	return nil
@@ -453,9 +453,9 @@ func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error
 // ddl takes a DDL message. Unlike a row change, it comes with the top-level xid even from within a savepoint, so that
 // its content must say by which subtransaction it goes if that is rolled back.
 func (s *stream) ddl(body, content []byte) error {
-	var d ddlMessage
+	var d pg.DDL
 	if err := json.Unmarshal(content, &d); err != nil {
-		s.fail(s.current, fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, prefixDDL, err))
+		s.fail(s.current, fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, pg.PrefixDDL, err))
 	}
 	xid := d.XID
 	if xid == 0 {

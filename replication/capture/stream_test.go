@@ -138,9 +138,9 @@ func messageOf(xid uint32, transactional byte, prefix, content string) []byte {
 	return append(b, content...)
 }
 
-func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, prefixSeal, gid) }
+func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, pg.PrefixSeal, gid) }
 func marker(gid string, xid uint32) []byte {
-	return messageOf(0, 0, prefixMarker, fmt.Sprintf("%s %d 0 0", gid, xid))
+	return messageOf(0, 0, pg.PrefixMarker, fmt.Sprintf("%s %d 0 0", gid, xid))
 }
 
 func feed(t testing.TB, s *stream, messages ...[]byte) {
@@ -297,9 +297,9 @@ func FuzzStream(f *testing.F) {
 	}
 	table := relationMessage(10, 1, "public", "t", "id", "v")
 	f.Add(script(start(10), table, insert(10, 1, "1", "NULL"), update(11, 1, "1", "2", "UNCHANGED"), stop(), abort(10, 11), start(10), seal(10, "1-a-1"), stop(), marker("1-a-1", 10), streamCommit(10)))
-	f.Add(script(start(10), table, truncate(10, 1), messageOf(10, 1, prefixDDL, `{"tables": [["public", "t"]]}`), seal(10, "1-a-1"), stop(), marker("1-a-1", 10), abort(10, 10)))
+	f.Add(script(start(10), table, truncate(10, 1), messageOf(10, 1, pg.PrefixDDL, `{"tables": [["public", "t"]]}`), seal(10, "1-a-1"), stop(), marker("1-a-1", 10), abort(10, 10)))
 	f.Add(script(begin(10), relationMessage(0, 1, "public", "t", "id"), insert(0, 1, "1"), plainCommit()))
-	f.Add(script(start(10), head('Y', 10), table, messageOf(10, 1, prefixDDL, `{"xid": 11}`), stop(), abort(10, 11)))
+	f.Add(script(start(10), head('Y', 10), table, messageOf(10, 1, pg.PrefixDDL, `{"xid": 11}`), stop(), abort(10, 11)))
 	catalog := tables{1: {OID: 1, Schema: "public", Name: "t", RootSchema: "public", RootName: "t",
 		Identity: []pg.IndexColumn{{Name: "id", Class: pg.ClassNumber}},
 		Uniques:  []pg.Unique{{Name: "u", Columns: []pg.IndexColumn{{Name: "v", Class: pg.ClassText}}, Plain: true}},

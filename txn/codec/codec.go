@@ -1,5 +1,4 @@
-// Package codec writes and reads the entries of the Raft log, and the contents of the logical messages by which
-// gateway, server and capture speak.
+// Package codec writes and reads the entries of the Raft log.
 //
 // An entry is one byte of format version, the CRC-32C of the payload (little endian), and the payload: the protobuf
 // message quorate.log.v1.Entry. The payload is written and read by hand, since every node does it for every

@@ -1,0 +1,27 @@
+package pg
+
+// The prefixes of Quorate's own logical messages.
+const (
+	// PrefixSeal: transactional, a GID; the last change of a transaction that is to be committed.
+	PrefixSeal = "quorate.seal"
+	// PrefixMarker: not transactional, flushed, "<gid> <xid> <base> <seen>"; that transaction is ready to be decided.
+	PrefixMarker = "quorate.marker"
+	// PrefixDDL: transactional, a DDL in JSON.
+	PrefixDDL = "quorate.ddl"
+)
+
+// DDL is the content of a PrefixDDL message, which function quorate.emit_ddl writes: a statement that peers repeat at
+// its place in the transaction.
+type DDL struct {
+	// XID is the subtransaction, or transaction, in which the statement ran: messages are decoded under the top-level
+	// transaction, and with that one it is undone. 0 means that it is not known.
+	XID uint32 `json:"xid"`
+	// SQL is what to run. It is empty when an earlier message had it and this one names its tables.
+	SQL        string            `json:"sql"`
+	Tag        string            `json:"tag"` // PostgreSQL's command tag
+	SearchPath string            `json:"search_path"`
+	Role       string            `json:"role"`
+	Settings   map[string]string `json:"settings"`
+	// Tables are the tables that the statement concerns, as schema and name; nil if that may be any.
+	Tables *[][2]string `json:"tables"`
+}
