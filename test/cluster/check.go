@@ -31,6 +31,9 @@ func SQLState(err error) string {
 // one row on each node and waits until all nodes show all of them: nodes make transactions visible in one order,
 // so whatever was committed before such a row is visible where the row is.
 func (c *Cluster) Settle(ctx context.Context) error {
+	if err := c.ensureFenceTable(ctx); err != nil {
+		return fmt.Errorf("settle: %w", err)
+	}
 	var fences []string
 	for i := 1; i <= c.Nodes; i++ {
 		fence := fmt.Sprintf("%d-%s", i, rand.Text())
@@ -47,27 +50,61 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	return nil
 }
 
+// ensureFenceTable makes the table, once for each cluster, and waits until all nodes have it.
+func (c *Cluster) ensureFenceTable(ctx context.Context) error {
+	c.fenceMu.Lock()
+	defer c.fenceMu.Unlock()
+	if c.fenceMade {
+		return nil
+	}
+	conn, err := c.Connect(ctx, 1)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if _, err := conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+fenceTable+" (id text PRIMARY KEY)"); err != nil {
+		return fmt.Errorf("create fence table: %w", err)
+	}
+	for i := 1; i <= c.Nodes; i++ {
+		if err := c.awaitFenceTable(ctx, i); err != nil {
+			return err
+		}
+	}
+	c.fenceMade = true
+	return nil
+}
+
+func (c *Cluster) awaitFenceTable(ctx context.Context, i int) error {
+	conn, err := c.Direct(ctx, i)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return poll(ctx, func() error {
+		var there bool
+		err := conn.QueryRow(ctx, "SELECT to_regclass('"+fenceTable+"') IS NOT NULL").Scan(&there)
+		if err == nil && !there {
+			err = fmt.Errorf("await fence table on node %d: it is not there", i)
+		}
+		return err
+	})
+}
+
 func (c *Cluster) fence(ctx context.Context, i int, fence string) error {
 	conn, err := c.Connect(ctx, i)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	insert := "INSERT INTO " + fenceTable + " VALUES ($1)"
-	return poll(ctx, func() error {
-		_, err := conn.Exec(ctx, insert, fence)
-		if SQLState(err) == "42P01" { // the first fence of this cluster, or the table is on its way from another node
-			if _, err = conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+fenceTable+" (id text PRIMARY KEY)"); err == nil {
-				return errors.New("write fence: the table was missing until now")
-			}
+	for {
+		_, err := conn.Exec(ctx, "INSERT INTO "+fenceTable+" VALUES ($1)", fence)
+		if err == nil {
+			return nil
 		}
-		// 23505 is PostgreSQL's answer when somebody else creates the same table at the same time, with IF NOT EXISTS
-		// too.
-		if err == nil || IsConflict(err) || SQLState(err) == "23505" {
-			return err
+		if !IsConflict(err) || ctx.Err() != nil {
+			return fmt.Errorf("write fence on node %d: %w", i, err)
 		}
-		return stopPolling{fmt.Errorf("write fence on node %d: %w", i, err)}
-	})
+	}
 }
 
 func (c *Cluster) await(ctx context.Context, i int, fences []string) error {

@@ -3,6 +3,7 @@ package cluster
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -43,6 +44,9 @@ type Cluster struct {
 	singles map[int]*process // nodes started by RunNode
 
 	attached []Endpoint // where the nodes are when they are not ours; see Attach
+
+	fenceMu   sync.Mutex
+	fenceMade bool // Settle's table is on all nodes
 }
 
 // Endpoint is where one node listens.
@@ -181,6 +185,9 @@ func (c *Cluster) KillNode(ctx context.Context, i int) error {
 
 // RunNode starts node i by itself, with "quorate run", and returns when its gateway lets a write through.
 func (c *Cluster) RunNode(ctx context.Context, i int) error {
+	if err := c.ensureFenceTable(ctx); err != nil {
+		return fmt.Errorf("run node %d: %w", i, err)
+	}
 	log := filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i))
 	p, err := startProcess(log, c.options.Binary, "run", "--config", filepath.Join(c.NodeDir(i), "quorate.yaml"))
 	if err != nil {
@@ -193,13 +200,8 @@ func (c *Cluster) RunNode(ctx context.Context, i int) error {
 			return stopPolling{fmt.Errorf("run node %d: it ended: %w", i, p.exit())}
 		default:
 		}
-		conn, err := c.Connect(ctx, i)
-		if err != nil {
+		if err := c.fence(ctx, i, rand.Text()); err != nil {
 			return fmt.Errorf("run node %d: %w", i, err)
-		}
-		defer closeConn(conn)
-		if _, err := conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+fenceTable+" (id text PRIMARY KEY)"); err != nil {
-			return fmt.Errorf("run node %d: write: %w", i, err)
 		}
 		return nil
 	})

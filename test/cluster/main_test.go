@@ -18,7 +18,7 @@ import (
 )
 
 // testTimeout bounds one test on the shared cluster. It is a bound for the broken case and not a measure of speed.
-const testTimeout = 20 * time.Second
+const testTimeout = 60 * time.Second
 
 // attachVariable names clusters that run already, to try the tests against: gateway and PostgreSQL of each node,
 // for example "127.0.0.1:6001/127.0.0.1:6101,127.0.0.1:6002/127.0.0.1:6102". Tests that stop or kill processes are
@@ -105,11 +105,12 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 		f.shared = nil
 	}
 	if f.shared == nil {
+		binary := command(t, withRace)
 		if f.starts++; f.starts > 3 {
 			t.Fatalf("the shared cluster was broken %d times, at last by: %v", f.starts-1, f.broken)
 		}
 		begin := time.Now()
-		c, err := cluster.Start(t.Context(), cluster.Options{Binary: command(t, withRace)})
+		c, err := cluster.Start(t.Context(), cluster.Options{Binary: binary})
 		if err != nil {
 			f.broken = err
 			t.Fatal(err)

@@ -67,6 +67,10 @@ func TestReadme(t *testing.T) {
 		case demo == nil:
 			t.Errorf("%q stands before make demo, and is not known to this test", command)
 		default:
+			// Who types is slower than replication; this test is not.
+			if err := demo.Settle(ctx); err != nil {
+				t.Fatal(err)
+			}
 			t.Logf("%s\n%s", command, output(t, ctx, onOwnPorts(command, demo)))
 		}
 	}
