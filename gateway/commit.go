@@ -27,7 +27,8 @@ const (
 // readySQL makes a transaction ready to be decided. CASE fixes the order of evaluation: what comes first are the
 // guards that no lexer can replace, because a function may have set anything; the seal; the settings by which the
 // server would end or delay the transaction on its own while it waits for its verdict; and last the marker, because
-// capture acts as soon as it sees that. Everything is named with its schema: the client's search_path applies.
+// capture acts as soon as it sees that. Settings that are right are left alone: setting one costs several microseconds,
+// here and again at COMMIT, when it is set back. Everything is named with its schema: the client's search_path applies.
 //
 // Without a transaction id nothing was written; the transaction is then made read only, because COMMIT still runs the
 // query of a WITH HOLD cursor.
@@ -37,9 +38,9 @@ WHEN pg_catalog.pg_current_xact_id_if_assigned() IS NULL THEN
 WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) 'serializable' THEN 'serializable'
 WHEN pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'origin' THEN 'replica'
 WHEN pg_catalog.pg_logical_emit_message(true, 'quorate.seal', $1::pg_catalog.text) IS NULL THEN NULL
-WHEN pg_catalog.set_config('statement_timeout', '0', true) IS NULL THEN NULL
-WHEN pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true) IS NULL THEN NULL
-WHEN pg_catalog.set_config('transaction_timeout', '0', true) IS NULL THEN NULL
+WHEN CASE WHEN pg_catalog.current_setting('statement_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('statement_timeout', '0', true) IS NULL END THEN NULL
+WHEN CASE WHEN pg_catalog.current_setting('idle_in_transaction_session_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true) IS NULL END THEN NULL
+WHEN CASE WHEN pg_catalog.current_setting('transaction_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('transaction_timeout', '0', true) IS NULL END THEN NULL
 WHEN pg_catalog.set_config('synchronous_commit', 'off', true) IS NULL THEN NULL
 WHEN pg_catalog.pg_logical_emit_message(false, 'quorate.marker', pg_catalog.concat($1, ' ', pg_catalog.pg_current_xact_id_if_assigned(), ' ', $2::pg_catalog.text), true) IS NULL THEN NULL
 ELSE pg_catalog.concat(pg_catalog.pg_current_xact_id_if_assigned(), ' ', pg_catalog.current_setting('transaction_read_only'))

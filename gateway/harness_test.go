@@ -53,7 +53,7 @@ func (c *testCoordinator) Begin(_ context.Context, base txn.CSN, pid uint32) (Co
 	c.sequence++
 	c.open++
 	t := &testCommit{c: c, gid: txn.GID{Node: 1, Incarnation: 0xabc, Sequence: c.sequence}, base: base, seen: c.csn, pid: pid,
-		events: make(chan txn.Event, 8), lostCh: make(chan struct{})}
+		events: make(chan txn.Event, 8), waiting: make(chan struct{}), lostCh: make(chan struct{})}
 	for _, e := range c.script {
 		t.events <- e
 	}
@@ -90,6 +90,8 @@ type testCommit struct {
 	pid        uint32
 	events     chan txn.Event
 	scripted   bool
+	waitOnce   sync.Once
+	waiting    chan struct{} // closed when Next is first called: the marker has been written
 	lostOnce   sync.Once
 	lostCh     chan struct{}
 	closed     bool
@@ -100,6 +102,7 @@ func (t *testCommit) Seen() txn.CSN  { return t.seen }
 func (t *testCommit) String() string { return t.gid.String() }
 
 func (t *testCommit) Next(ctx context.Context) (txn.Event, error) {
+	t.waitOnce.Do(func() { close(t.waiting) })
 	if !t.scripted {
 		select {
 		case <-t.lostCh:

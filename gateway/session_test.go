@@ -654,7 +654,7 @@ func testEvict(t *testing.T, f *fixture) {
 			done <- strings.Join(out, " ")
 		}()
 		commit := <-f.coord.begun
-		f.await("SELECT count(*)::text FROM pg_stat_activity WHERE state = 'idle in transaction'", "1")
+		<-commit.waiting
 		f.evict(t, c)
 		<-commit.lostCh
 		commit.events <- last.event
@@ -1095,7 +1095,7 @@ func testBackendGone(t *testing.T, f *fixture) {
 		f.coord.holdNext()
 		w.send(query("BEGIN"), query("INSERT INTO t VALUES (1)"), query("COMMIT"))
 		commit := <-f.coord.begun
-		f.await("SELECT count(*)::text FROM pg_stat_activity WHERE state = 'idle in transaction'", "1")
+		<-commit.waiting
 		kill(w.pid)
 		commit.events <- txn.Event{Step: txn.StepRelease}
 		<-commit.lostCh
