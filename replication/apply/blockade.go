@@ -44,6 +44,7 @@ type watch struct {
 
 // siege is what was done against one blocking process.
 type siege struct {
+	csn     txn.CSN // what is blocked
 	since   time.Time
 	seen    time.Time
 	next    time.Time
@@ -203,8 +204,8 @@ func (m *monitor) unblock(ctx context.Context, b blocked, pid uint32, now time.T
 		return nil
 	}
 	s := m.sieges[pid]
-	if s == nil {
-		s = &siege{since: now, next: now, attempt: m.p.cfg.BlockedAfter}
+	if s == nil || s.csn != b.csn { // it gave way before, and has come again
+		s = &siege{csn: b.csn, since: now, next: now, attempt: m.p.cfg.BlockedAfter}
 		m.sieges[pid] = s
 	}
 	s.seen = now

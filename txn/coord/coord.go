@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -202,6 +203,16 @@ func (c *Coordinator) enqueue(t *Transaction) {
 	c.due.Signal()
 }
 
+func (c *Coordinator) enqueueUnlessLost(t *Transaction) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.lost || c.closed {
+		return false
+	}
+	c.enqueue(t)
+	return true
+}
+
 // take waits for work and returns the next batch, nil when closed.
 func (c *Coordinator) take() []*Transaction {
 	c.mu.Lock()
@@ -217,14 +228,9 @@ func (c *Coordinator) take() []*Transaction {
 		size += len(c.queue[n].set.Changes)
 		n++
 	}
-	batch := make([]*Transaction, 0, n)
-	for _, t := range c.queue[:n] {
-		if t.lost {
-			t.abort(txn.AbortEvicted) // not proposed yet, so it can simply go
-			continue
-		}
+	batch := slices.Clone(c.queue[:n])
+	for _, t := range batch {
 		t.state = proposed
-		batch = append(batch, t)
 	}
 	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
 	return batch
@@ -233,9 +239,6 @@ func (c *Coordinator) take() []*Transaction {
 // propose gets a batch into the log or finds out that it is not there. Proposing twice is safe: the certifier knows
 // every GID it has decided.
 func (c *Coordinator) propose(ctx context.Context, batch []*Transaction) {
-	if len(batch) == 0 {
-		return
-	}
 	sets := make([]*txn.WriteSet, len(batch))
 	for i, t := range batch {
 		sets[i] = t.set
@@ -306,13 +309,10 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 	if closeErr := parts.Close(); closeErr != nil {
 		c.cfg.Logger.Warn("remove spilled changes", logkey.GID, t.gid, logkey.Error, closeErr)
 	}
-	if err == nil {
-		c.mu.Lock()
-		c.enqueue(t)
-		c.mu.Unlock()
+	if err == nil && c.enqueueUnlessLost(t) {
 		return
 	}
-	if !errors.Is(err, txn.ErrClosed) {
+	if err != nil && !errors.Is(err, txn.ErrClosed) {
 		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
 	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks.

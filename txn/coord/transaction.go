@@ -2,6 +2,7 @@ package coord
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/quorate/quorate/internal/invariant"
@@ -130,10 +131,13 @@ func (t *Transaction) reportLocked(committed bool) {
 		invariant.Check(t.state == released, "transaction %s committed in state %d, before its turn", t.gid, t.state)
 		t.c.finish(t)
 		t.c.metrics.total.Observe(time.Since(t.begun).Seconds())
+	case t.state == queued:
+		t.c.queue = slices.DeleteFunc(t.c.queue, func(q *Transaction) bool { return q == t })
+		t.abort(txn.AbortEvicted)
 	case t.state == registered:
 		t.abort(txn.AbortEvicted)
 	}
-	// sending and queued: the sender sees lost. proposed and later: the log decides.
+	// sending: the sender sees lost. proposed and later: the log decides.
 }
 
 // DidCommit reports, after Finished, whether the server said COMMIT.
