@@ -381,8 +381,8 @@ func TestReadCommittedSeesEachStatement(t *testing.T) {
 			refused(t, ctx, reader, "40001", "UPDATE moving SET n = n + 10")
 		}
 		must(t, ctx, reader, "COMMIT")
+		check(t, c.Settle(ctx)) // the writer's node must have it before the writer writes again
 	}
-	check(t, c.Settle(ctx))
 	must(t, ctx, writer, "BEGIN")
 	equals(t, ctx, writer, "repeatable read", "SHOW transaction_isolation")
 	must(t, ctx, writer, "COMMIT")
