@@ -202,7 +202,7 @@ func (s *session) onQuery(m message) error {
 	}
 	if len(s.stmts) > 1 {
 		for i := range s.stmts {
-			if s.stmts[i].Control() {
+			if s.stmts[i].Alone() {
 				return s.pieces(sql)
 			}
 		}
@@ -432,9 +432,9 @@ func (s *session) statusNow() byte {
 	return s.status
 }
 
-// pieces runs a Query of several statements with transaction control among them, as PostgreSQL does: what stands
-// before BEGIN is part of its transaction, COMMIT ends also an implicit one, and an error skips the rest. Runs of
-// other statements stay together in one Query.
+// pieces runs a Query of several statements with transaction control or DDL among them, as PostgreSQL does: what
+// stands before BEGIN is part of its transaction, COMMIT ends also an implicit one, and an error skips the rest. Runs
+// of other statements stay together in one Query.
 func (s *session) pieces(sql []byte) error {
 	if err := s.settle(); err != nil {
 		return err
@@ -447,8 +447,8 @@ func (s *session) pieces(sql []byte) error {
 	for i := 0; i < len(stmts); {
 		first := i
 		i++
-		if !stmts[first].Control() {
-			for i < len(stmts) && !stmts[i].Control() {
+		if !stmts[first].Alone() {
+			for i < len(stmts) && !stmts[i].Alone() {
 				i++
 			}
 		}

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"strconv"
 	"time"
@@ -481,12 +482,24 @@ func (s *session) forgetPrepared() {
 // visible ends a commit whose transaction was rolled back here and applied from the log.
 func (s *session) visible(op *commitOp) error {
 	s.g.metrics.commits.Inc()
+	// A driver takes an error before ReadyForQuery for the failure of the COMMIT, and would run the transaction again.
+	// So the COMMIT is answered in full, and the session ends after it.
+	var b []byte
+	ready := true
 	switch op.end {
 	case endUnit:
-		s.emit(s.unit.completed)
-	case endQuery, endPiece, endExecute:
-		s.emit(appendComplete(nil, "COMMIT"))
+		b = append(b, s.unit.completed...)
+	case endQuery:
+		b = appendComplete(b, "COMMIT")
+	case endPiece:
+		b, ready = appendComplete(b, "COMMIT"), false
+	case endExecute:
+		b, ready = appendAnswers(b, op.held, "COMMIT"), op.synced
 	}
+	if ready {
+		b = appendReady(b, 'I')
+	}
+	s.emit(b)
 	return s.finish(visibleError(op.commit.GID()))
 }
 
@@ -683,4 +696,24 @@ func (s *session) leaveCommit(op *commitOp, failed bool, status byte) error {
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	return s.ready(appendReady(nil, status), op.end != endPiece && (op.end != endExecute || op.synced))
+}
+
+// appendAnswers appends what the server would have answered to messages that execute a statement without result.
+func appendAnswers(b, messages []byte, tag string) []byte {
+	for len(messages) >= 5 {
+		switch messages[0] {
+		case 'P':
+			b = append(b, '1', 0, 0, 0, 4)
+		case 'B':
+			b = append(b, '2', 0, 0, 0, 4)
+		case 'C':
+			b = append(b, '3', 0, 0, 0, 4)
+		case 'D':
+			b = append(b, 'n', 0, 0, 0, 4)
+		case 'E':
+			b = appendComplete(b, tag)
+		}
+		messages = messages[1+binary.BigEndian.Uint32(messages[1:]):]
+	}
+	return b
 }

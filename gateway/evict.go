@@ -19,10 +19,10 @@ func (s *session) beginEvict(by txn.CSN) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.evicting || s.ended {
-		s.evictNext = by
+		s.evictNext, s.evictTxns = by, s.txns
 		return false
 	}
-	s.evicting, s.evictNext = true, by
+	s.evicting, s.evictNext, s.evictTxns = true, by, s.txns
 	return true
 }
 
@@ -32,7 +32,7 @@ func (s *session) evict() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.evictNext != 0 && !s.ended {
-		by, txns := s.evictNext, s.txns
+		by, txns := s.evictNext, s.evictTxns
 		s.evictNext = 0
 		s.mu.Unlock()
 		s.evictOne(by, txns)
@@ -68,8 +68,9 @@ func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 			s.wmu.Unlock()
 		}
 	}
+	visible := s.g.cfg.Coordinator.Applied() >= by // then the request is an old one: nothing stands in its way
 	s.mu.Lock()
-	if s.ended || s.txns != txns || s.phase == phaseEnding {
+	if s.ended || s.txns != txns || s.phase == phaseEnding || visible {
 		s.mu.Unlock()
 		unlock()
 		return true

@@ -65,6 +65,7 @@ type session struct {
 	copying   bool    // the server waits for CopyData
 	evicting  bool    // an evict goroutine is at work
 	evictNext txn.CSN // for which entry it is to look at the session (again); 0: for none
+	evictTxns uint64  // txns when that was asked: a later transaction is innocent
 	evictor   txn.CSN
 	evicted   bool      // the transaction in progress must go, and its client has not been told
 	undone    bool      // evict has rolled back what was waiting for its verdict

@@ -415,10 +415,11 @@ func testDeferred(t *testing.T, f *fixture) {
 	drained(f)
 	expect(t, c, "BEGIN; INSERT INTO d VALUES (5); DECLARE h CURSOR WITH HOLD FOR SELECT 1/(6-g) FROM generate_series(1,9) g", "BEGIN INSERT 0 1 DECLARE CURSOR T")
 	f.coord.next(txn.Event{Step: txn.StepRelease}, txn.Event{Step: txn.StepVisible})
-	_, err := c.Exec(timeout(t), "COMMIT").ReadAll()
+	expect(t, c, "COMMIT", "COMMIT I")
+	_, err := c.Exec(timeout(t), "SELECT 1").ReadAll()
 	var e *pgconn.PgError
 	if !asPgError(err, &e) || e.Code != "57P01" {
-		t.Errorf("failing holdable cursor: %v", err)
+		t.Errorf("after a failing holdable cursor: %v", err)
 	}
 	if <-(<-f.coord.begun).lostCh; false {
 		t.Error("not reached")
@@ -564,9 +565,12 @@ func (f *fixture) await(sql, want string) {
 // locked reports how many backends hold a lock on table t, other than the asker's.
 const locked = "SELECT count(DISTINCT pid)::text FROM pg_locks WHERE relation = 't'::regclass AND pid <> pg_backend_pid() AND granted"
 
+// laterEntry is an entry that is not visible yet, however many transactions a test commits.
+const laterEntry = 1 << 40
+
 func (f *fixture) evict(t testing.TB, c *pgconn.PgConn) {
 	t.Helper()
-	if !f.g.Evict(c.PID(), 42) {
+	if !f.g.Evict(c.PID(), laterEntry) {
 		t.Fatal("the gateway does not know its session")
 	}
 	f.await(locked, "0")
@@ -583,7 +587,7 @@ func testEvict(t *testing.T, f *fixture) {
 	f.evict(t, c)
 	_, err := c.Exec(timeout(t), "SELECT 1").ReadAll()
 	var e *pgconn.PgError
-	if !asPgError(err, &e) || e.Code != "40001" || !strings.Contains(e.Message, "replicated transaction 42") || c.TxStatus() != 'E' {
+	if !asPgError(err, &e) || e.Code != "40001" || !strings.Contains(e.Message, fmt.Sprint("replicated transaction ", laterEntry)) || c.TxStatus() != 'E' {
 		t.Errorf("evicted: %v, status %c", err, c.TxStatus())
 	}
 	expect(t, c, "SELECT 1", "!25P02 E")
@@ -631,7 +635,7 @@ func testEvict(t *testing.T, f *fixture) {
 		want  string
 	}{
 		{txn.Event{Step: txn.StepAbort, Reason: txn.AbortConflict}, "!40001 I"},
-		{txn.Event{Step: txn.StepVisible, CSN: 50}, "COMMIT !57P01"},
+		{txn.Event{Step: txn.StepVisible, CSN: 50}, "COMMIT I"},
 	} {
 		drained(f)
 		block()
@@ -662,8 +666,8 @@ func testEvict(t *testing.T, f *fixture) {
 			t.Errorf("evicted while waiting for the verdict: %s, want %s", got, last.want)
 		}
 	}
-	if !c.IsClosed() {
-		t.Error("the session goes on after its transaction was committed from the log")
+	if _, err := c.Exec(timeout(t), "SELECT 1").ReadAll(); !asPgError(err, &e) || e.Code != "57P01" || !c.IsClosed() {
+		t.Errorf("the session goes on after its transaction was committed from the log: %v", err)
 	}
 }
 
@@ -672,7 +676,7 @@ func testEvictExtended(t *testing.T, f *fixture) {
 	w.send(join(all("BEGIN"), all("INSERT INTO t VALUES (1)"), syncMessage)...)
 	w.until(1)
 	evict := func() {
-		if !f.g.Evict(w.pid, 43) {
+		if !f.g.Evict(w.pid, laterEntry) {
 			t.Fatal("unknown session")
 		}
 		f.await(locked, "0")
@@ -712,7 +716,7 @@ func testEvictCopy(t *testing.T, f *fixture) {
 		}
 		w.send(&pgproto3.CopyData{Data: []byte("1\ta\n")})
 		f.await(locked, "1")
-		if !f.g.Evict(w.pid, 44) {
+		if !f.g.Evict(w.pid, laterEntry) {
 			t.Fatal("unknown session")
 		}
 		f.await(locked, "0")
@@ -740,7 +744,7 @@ func testEvictSlowReader(t *testing.T, f *fixture) {
 	w.until(1)
 	w.send(query("SELECT repeat('x', 1000) FROM generate_series(1, 200000)"))
 	f.await("SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'ClientWrite'", "1")
-	if !f.g.Evict(w.pid, 45) {
+	if !f.g.Evict(w.pid, laterEntry) {
 		t.Fatal("unknown session")
 	}
 	f.await(locked, "0")
@@ -1086,7 +1090,7 @@ func testBackendGone(t *testing.T, f *fixture) {
 		event txn.Event
 		want  string
 	}{
-		{txn.Event{Step: txn.StepVisible}, "BEGIN T INSERT_0_1 T COMMIT !57P01 closed"},
+		{txn.Event{Step: txn.StepVisible}, "BEGIN T INSERT_0_1 T COMMIT I !57P01 closed"},
 		{txn.Event{Step: txn.StepAbort, Reason: txn.AbortConflict}, "BEGIN T INSERT_0_1 T !40001 !08006 closed"},
 		{txn.Event{Step: txn.StepUnknown}, "BEGIN T INSERT_0_1 T !08007 closed"},
 	} {

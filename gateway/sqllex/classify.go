@@ -11,8 +11,10 @@ func (p *parser) classify(st *Statement) {
 		if p.is(0, "show") && !st.AsksReadOnly {
 			st.Kind = Plain
 		}
-	case "insert", "update", "delete", "merge", "truncate", "call", "do", "import", "refresh":
+	case "insert", "update", "delete", "merge", "truncate", "call", "do":
 		st.Kind = Write
+	case "import", "refresh":
+		st.Kind, st.Definition = Write, true
 	case "copy":
 		st.Kind = p.copyKind()
 	case "begin", "start":
@@ -45,6 +47,7 @@ func (p *parser) classify(st *Statement) {
 		p.deallocate(st)
 	case "create", "alter", "drop", "comment", "security", "grant", "revoke", "reassign":
 		st.Kind = Write
+		st.Definition = true
 		st.Refusal = p.ddl()
 	case "lock":
 		st.Kind = Plain

@@ -60,6 +60,9 @@ type Statement struct {
 	Refusal    Refusal
 	// Fingerprint is a hash of the text in which all constants are alike and case and spacing do not count.
 	Fingerprint uint64
+	// Definition: DDL, which peers replay by its text. It must reach the server alone: what the event trigger sees
+	// is the text of the whole Query.
+	Definition bool
 	// Chain: COMMIT or ROLLBACK has AND CHAIN.
 	Chain bool
 	// AccessMode: BEGIN says READ ONLY or READ WRITE itself.
@@ -80,6 +83,9 @@ type Statement struct {
 func (s *Statement) Control() bool {
 	return s.Kind == Begin || s.Kind == Commit || s.Kind == Rollback || s.Kind == Subtransact
 }
+
+// Alone reports whether the statement must not share a Query with others: it controls the transaction, or is DDL.
+func (s *Statement) Alone() bool { return s.Control() || s.Definition }
 
 const headTokens = 14
 
