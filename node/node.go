@@ -63,6 +63,7 @@ type Node struct {
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
 
+	token     string       // of this node's DDL messages
 	start     txn.CSN      // everything up to it was committed here when the node started
 	announced chan txn.CSN // the CSN at which the log says that this incarnation has started
 	strays    prometheus.Counter

@@ -83,10 +83,10 @@ func (n *Node) prepareServer(ctx context.Context, conn *pgconn.PgConn, sizing pg
 	if err := pg.Settle(ctx, conn); err != nil {
 		return err
 	}
-	if err := pg.Install(ctx, conn, id); err != nil {
+	var err error
+	if n.token, err = pg.Install(ctx, conn, id); err != nil {
 		return err
 	}
-	var err error
 	n.start, err = apply.Progress(ctx, conn)
 	return err
 }

@@ -72,6 +72,7 @@ func (n *Node) openReplication(context.Context) error {
 	n.capture = capture.New(capture.Config{
 		Conn:     stream,
 		Database: n.cfg.Postgres.Database,
+		Token:    n.token,
 		Catalog:  n.catalog,
 		Sink:     sink{n},
 		SpillDir: spill,

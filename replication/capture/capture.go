@@ -72,6 +72,9 @@ type Config struct {
 	Database string
 	// Slot and Publication default to those that pg.Install makes.
 	Slot, Publication string
+	// Token is what a DDL message must show to be believed. Without it any client could have peers run what it likes,
+	// as whom it likes. Empty believes all: only for a database that nobody else writes to.
+	Token string
 	// Catalog describes the tables of the same database.
 	Catalog *pg.Catalog
 	Sink    Sink

@@ -46,7 +46,7 @@ func newServer(t testing.TB, major int) *pgserver.Server {
 	t.Helper()
 	server := pgtest.Start(t, pgtest.Options{Major: major, Tmpfs: true})
 	conn := pgtest.Connect(t, server, "postgres")
-	if err := pg.Install(t.Context(), conn.PgConn(), pg.Identity{Cluster: "test", Node: 1, MaxNodes: 4}); err != nil {
+	if _, err := pg.Install(t.Context(), conn.PgConn(), pg.Identity{Cluster: "test", Node: 1, MaxNodes: 4}); err != nil {
 		t.Fatalf("install: %v", err)
 	}
 	return server

@@ -229,4 +229,3 @@ func parseLogical(body []byte) (logical, error) {
 	}
 	return m, nil
 }
-

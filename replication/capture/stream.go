@@ -35,6 +35,7 @@ var _ definitions = (*pg.Catalog)(nil)
 // ends with its connection, because on the next one the server begins every open transaction anew.
 type stream struct {
 	database string
+	token    string
 	sink     Sink
 	catalog  definitions
 	limits   Limits
@@ -71,7 +72,8 @@ type transaction struct {
 
 func newStream(cfg Config, m *metrics, alive func()) *stream {
 	return &stream{
-		database: cfg.Database, sink: cfg.Sink, catalog: cfg.Catalog, limits: cfg.Limits, dir: cfg.SpillDir, log: cfg.Logger,
+		database: cfg.Database,
+		token:    cfg.Token, sink: cfg.Sink, catalog: cfg.Catalog, limits: cfg.Limits, dir: cfg.SpillDir, log: cfg.Logger,
 		metrics:   m,
 		open:      make(map[uint32]*transaction),
 		committed: make(map[uint32]*relation),
@@ -456,6 +458,9 @@ func (s *stream) ddl(body, content []byte) error {
 	var d pg.DDL
 	if err := json.Unmarshal(content, &d); err != nil {
 		s.fail(s.current, fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, pg.PrefixDDL, err))
+	}
+	if s.token != "" && d.Token != s.token {
+		return nil // a client's own message
 	}
 	xid := d.XID
 	if xid == 0 {

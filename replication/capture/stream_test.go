@@ -436,3 +436,16 @@ func BenchmarkSmall(b *testing.B) {
 }
 
 var _ io.Closer = (*parts)(nil)
+
+// TestForgedDDL: any role may emit a message with the prefix of DDL; without the token it is not believed.
+func TestForgedDDL(t *testing.T) {
+	s, sink := testStream(t, tables{}, Limits{})
+	s.token = "secret"
+	feed(t, s, start(10),
+		messageOf(10, 1, pg.PrefixDDL, `{"sql": "DROP TABLE t", "role": "postgres", "tables": []}`),
+		messageOf(10, 1, pg.PrefixDDL, `{"sql": "CREATE TABLE u ()", "tables": [], "token": "secret"}`),
+		stop(), start(10), seal(10, "1-a-1"), stop(), marker("1-a-1", 10))
+	if n := len(split(t, sink.results[0].set.Changes)); n != 1 {
+		t.Errorf("%d messages, want the one with the token", n)
+	}
+}

@@ -35,36 +35,40 @@ var ErrForeignData = errors.New("data directory belongs to another cluster or no
 // Install puts the node-local objects (schema quorate, event triggers, publication, replication slot) into the
 // database, or brings them up to date. It is idempotent and never touches user data. conn must be a superuser's.
 // An error wrapping ErrForeignData means that the database already has another identity; nothing was changed then.
-func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) error {
+// It returns the token by which capture knows the DDL messages of this node's own event triggers.
+func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) (token string, err error) {
 	var installed string
 	if err := scan(ctx, conn, `SELECT coalesce(to_regclass('quorate.identity')::text, '')`, &installed); err != nil {
-		return err
+		return "", err
 	}
 	if installed != "" {
 		var found string
 		if err := scan(ctx, conn, `SELECT coalesce((SELECT cluster || ' node ' || node FROM quorate.identity), '')`, &found); err != nil {
-			return err
+			return "", err
 		}
 		if want := fmt.Sprintf("%s node %d", id.Cluster, id.Node); found != "" && found != want {
-			return fmt.Errorf("%w: it is %q, the configuration says %q", ErrForeignData, found, want)
+			return "", fmt.Errorf("%w: it is %q, the configuration says %q", ErrForeignData, found, want)
 		}
 	}
 	script := "BEGIN READ WRITE;\nSET LOCAL session_replication_role = replica;\nSET LOCAL client_min_messages = warning;\n" + schema +
 		fmt.Sprintf("\nINSERT INTO quorate.identity (cluster, node, slot, max_nodes) VALUES (%s, %d, %d, %d) ON CONFLICT DO NOTHING;\nSELECT quorate.own_sequences();\nCOMMIT;",
 			quoteLiteral(id.Cluster), id.Node, id.Slot, id.MaxNodes)
 	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
-		return fmt.Errorf("install schema quorate: %w", err)
+		return "", fmt.Errorf("install schema quorate: %w", err)
 	}
 	var slots string
 	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_replication_slots WHERE slot_name = '`+Slot+`'`, &slots); err != nil {
-		return err
+		return "", err
 	}
 	if slots == "0" {
 		if _, err := conn.Exec(ctx, `SELECT pg_create_logical_replication_slot('`+Slot+`', 'pgoutput')`).ReadAll(); err != nil {
-			return fmt.Errorf("create replication slot %s: %w", Slot, err)
+			return "", fmt.Errorf("create replication slot %s: %w", Slot, err)
 		}
 	}
-	return nil
+	if err := scan(ctx, conn, `SELECT token::text FROM quorate.identity`, &token); err != nil {
+		return "", err
+	}
+	return token, nil
 }
 
 // Settle ends every other client backend of the database and waits until it is gone: what an earlier incarnation of

@@ -16,6 +16,8 @@ type DDL struct {
 	// XID is the subtransaction, or transaction, in which the statement ran: messages are decoded under the top-level
 	// transaction, and with that one it is undone. 0 means that it is not known.
 	XID uint32 `json:"xid"`
+	// Token proves that the message is the event trigger's; see Install.
+	Token string `json:"token"`
 	// SQL is what to run. It is empty when an earlier message had it and this one names its tables.
 	SQL        string            `json:"sql"`
 	Tag        string            `json:"tag"` // PostgreSQL's command tag

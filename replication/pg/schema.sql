@@ -12,7 +12,6 @@ GRANT INSERT ON quorate.nudge TO PUBLIC;
 
 -- A row inserted here shows, as its xmin, in which subtransaction it was; nothing else in SQL does.
 CREATE UNLOGGED TABLE IF NOT EXISTS quorate.subtransaction (id integer);
-GRANT INSERT, DELETE, SELECT ON quorate.subtransaction TO PUBLIC;
 
 -- One row: who this node is.
 CREATE TABLE IF NOT EXISTS quorate.identity (
@@ -20,7 +19,9 @@ CREATE TABLE IF NOT EXISTS quorate.identity (
     cluster   text    NOT NULL,
     node      integer NOT NULL,
     slot      integer NOT NULL,
-    max_nodes integer NOT NULL
+    max_nodes integer NOT NULL,
+    -- what a DDL message must show: any role may emit logical messages, and peers replay DDL as the role it names
+    token     uuid    NOT NULL DEFAULT gen_random_uuid()
 );
 
 -- The sequences that have been given this node's residue, with their definition as the user wrote it.
@@ -29,7 +30,8 @@ CREATE TABLE IF NOT EXISTS quorate.sequences (
     start     bigint NOT NULL,
     increment bigint NOT NULL
 );
-GRANT SELECT ON quorate.identity, quorate.sequences TO PUBLIC;
+GRANT SELECT (cluster, node, slot, max_nodes) ON quorate.identity TO PUBLIC;
+GRANT SELECT ON quorate.sequences TO PUBLIC;
 
 -- own_sequence gives this node every max_nodes-th value of a sequence: increment times max_nodes, beginning with the
 -- node's slot. Calling it again, or after ALTER SEQUENCE, only moves the next value up into the node's residue.
@@ -140,18 +142,25 @@ END $$;
 
 -- emit_ddl writes the message by which peers replay a statement at its place in the transaction. Decoding reports
 -- every logical message under the top-level transaction, so the message itself says in which subtransaction the
--- statement ran: with that one it is undone.
-CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb) RETURNS void
-LANGUAGE plpgsql
+-- statement ran: with that one it is undone. It runs as the owner, to read the token; so it must not take the caller's
+-- word for a role that the session's user could not assume.
+CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb, runs_as name) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     xid bigint;
 BEGIN
+    IF NOT pg_has_role(session_user, runs_as, 'MEMBER') THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = format('DDL as role %I cannot be replicated for a session of %I, who is no member of it', runs_as, session_user),
+            HINT = 'Run it as that role instead of from a SECURITY DEFINER function.';
+    END IF;
     INSERT INTO quorate.subtransaction VALUES (1) RETURNING xmin::text::bigint INTO xid;
     DELETE FROM quorate.subtransaction WHERE xmin::text::bigint = xid;
     PERFORM pg_logical_emit_message(true, 'quorate.ddl', jsonb_build_object(
-        'xid', xid, 'sql', sql, 'tag', tag, 'search_path', path, 'role', current_user, 'tables', tables,
+        'xid', xid, 'sql', sql, 'tag', tag, 'search_path', path, 'role', runs_as, 'tables', tables,
+        'token', (SELECT token FROM quorate.identity),
         'settings', jsonb_build_object(
             'check_function_bodies', current_setting('check_function_bodies'),
             'default_table_access_method', current_setting('default_table_access_method'),
@@ -224,7 +233,7 @@ BEGIN
     IF sql OPERATOR(pg_catalog.~*) '^\s*create\s+((local|global)\s+)?temp' THEN
         RETURN;
     END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, path, '[]');
+    PERFORM quorate.emit_ddl(sql, tg_tag, path, '[]', current_user);
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_ddl_end() RETURNS event_trigger
@@ -280,7 +289,7 @@ BEGIN
     ELSE
         sql := quorate.ddl_text(context);
     END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, path, quorate.affected_tables(tg_tag, sql, classes, objects));
+    PERFORM quorate.emit_ddl(sql, tg_tag, path, quorate.affected_tables(tg_tag, sql, classes, objects), current_user);
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_drop() RETURNS event_trigger
@@ -320,7 +329,7 @@ BEGIN
     IF tg_tag IN ('DROP EXTENSION', 'DROP OWNED') THEN
         tables := NULL;
     END IF;
-    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, path, tables);
+    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, path, tables, current_user);
 END $$;
 
 -- A default that differs each time it is computed would give every node other rows.
