@@ -59,7 +59,8 @@ type Config struct {
 	HeartbeatTimeout time.Duration
 	// ElectionTimeout is how long a candidate waits for votes. At least HeartbeatTimeout, default 1 s.
 	ElectionTimeout time.Duration
-	// LeaderLease is how long a leader goes on without hearing from a majority. At most HeartbeatTimeout, default 500 ms.
+	// LeaderLease is how long a leader goes on without hearing from a majority. At most HeartbeatTimeout, default 1 s:
+	// nothing is read by it, reads ask a majority; a shorter one only makes a busy leader step down for nothing.
 	LeaderLease time.Duration
 	// CommitTimeout is after what time without new entries a leader repeats the commit index to followers (up to twice
 	// it). It is only the fallback for a lost commit notice. Default 500 ms, at least 1 ms.
@@ -90,7 +91,7 @@ func (c *Config) setDefaults() {
 	c.LogStore = orDefault(c.LogStore, LogStoreWAL)
 	c.HeartbeatTimeout = orDefault(c.HeartbeatTimeout, time.Second)
 	c.ElectionTimeout = orDefault(c.ElectionTimeout, time.Second)
-	c.LeaderLease = orDefault(c.LeaderLease, 500*time.Millisecond)
+	c.LeaderLease = orDefault(c.LeaderLease, time.Second)
 	c.CommitTimeout = orDefault(c.CommitTimeout, 500*time.Millisecond)
 	c.WriteDeadline = orDefault(c.WriteDeadline, 5*time.Second)
 	c.VerifyInterval = orDefault(c.VerifyInterval, 10*time.Second)

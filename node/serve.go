@@ -15,6 +15,7 @@ import (
 	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/gateway"
+	"github.com/quorate/quorate/internal/logkey"
 )
 
 // openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
@@ -121,9 +122,19 @@ func (n *Node) openGateway(context.Context) error {
 		return err
 	}
 	n.gateway.Store(g)
-	n.onClose(func(context.Context) error { return g.Close() })
+	n.onClose(func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+		defer cancel()
+		if err := g.Drain(ctx); err != nil {
+			n.log.Info("transactions are cut off", logkey.Reason, err)
+		}
+		return g.Close()
+	})
 	return nil
 }
+
+// drainTimeout is how long running transactions have to end before a stopping node cuts them off.
+const drainTimeout = 2 * time.Second
 
 // terminate ends a server backend that does not let go of its transaction.
 func (n *Node) terminate(ctx context.Context, pid uint32) error {
