@@ -229,11 +229,7 @@ func (s *session) conductCommit(m message) error {
 		op.commit, op.held = nil, op.held[:0]
 	}()
 	if op.rollback {
-		_, failure, err := s.swallow(m)
-		if err == nil && failure != nil {
-			err = s.rollBackPlainly()
-		}
-		if err != nil {
+		if err := s.rolledBack(m); err != nil {
 			return err
 		}
 		return s.commitFailed(op, op.err, nil)
@@ -274,7 +270,7 @@ func (s *session) decide(op *commitOp) error {
 		ev, err := op.commit.Next(s.ctx)
 		undone := s.decided()
 		if undone { // Evict has sent ROLLBACK; its answer comes first
-			if _, _, err := s.swallow(message{}); err != nil {
+			if err := s.rolledBack(message{}); err != nil {
 				return s.connectionLost(op, err)
 			}
 		}
@@ -453,7 +449,13 @@ func (s *session) rollBack() error {
 	if err := s.sendRollback(); err != nil {
 		return err
 	}
-	_, failure, err := s.swallow(message{})
+	return s.rolledBack(message{})
+}
+
+// rolledBack reads the answer to a ROLLBACK, of which m may be the first message. If it failed (a cancel request that
+// was meant for an earlier statement may hit it), it is done another way.
+func (s *session) rolledBack(m message) error {
+	_, failure, err := s.swallow(m)
 	if err == nil && failure != nil {
 		err = s.rollBackPlainly()
 	}
