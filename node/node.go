@@ -85,8 +85,8 @@ type state struct {
 	reason string // why it does not accept writes; empty when active
 }
 
-// Open starts a node of this version of Quorate and returns when its clients can connect; it accepts writes once it has caught up with the log.
-// ctx bounds the start only. On an error everything that was started is stopped again.
+// Open starts a node of this version of Quorate and returns when its clients can connect; it accepts writes once it has
+// caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again.
 func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (_ *Node, err error) {
 	n := &Node{cfg: cfg, version: version, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(), announced: make(chan txn.CSN, 1)}
 	n.setState("starting", "the node is starting")

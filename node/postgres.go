@@ -111,7 +111,7 @@ func (n *Node) connString() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	quote := func(s string) string { return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) + "'" }
+	quote := pgserver.QuoteKeyword
 	s := fmt.Sprintf("host=%s port=%d user=%s database=%s", quote(c.Host), c.Port, quote(c.Superuser), quote(c.Database))
 	if password != "" {
 		s += " password=" + quote(password)

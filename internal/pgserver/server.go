@@ -136,18 +136,19 @@ func (s *Server) Config() Config { return s.cfg }
 // ConnString returns how to reach a database as the superuser through the Unix socket.
 func (s *Server) ConnString(database string) string {
 	parts := []string{
-		"host=" + quoteKeyword(s.cfg.SocketDir),
+		"host=" + QuoteKeyword(s.cfg.SocketDir),
 		"port=" + strconv.Itoa(s.cfg.Port),
-		"user=" + quoteKeyword(s.cfg.Superuser),
-		"database=" + quoteKeyword(database),
+		"user=" + QuoteKeyword(s.cfg.Superuser),
+		"database=" + QuoteKeyword(database),
 	}
 	if s.cfg.Password != "" {
-		parts = append(parts, "password="+quoteKeyword(s.cfg.Password))
+		parts = append(parts, "password="+QuoteKeyword(s.cfg.Password))
 	}
 	return strings.Join(parts, " ")
 }
 
-func quoteKeyword(s string) string {
+// QuoteKeyword quotes a value of a connection string.
+func QuoteKeyword(s string) string {
 	return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) + "'"
 }
 
