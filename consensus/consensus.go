@@ -180,7 +180,7 @@ func (c *Consensus) open() (err error) {
 	if c.stores, err = openStores(&c.config, c.stored, c.verified); err != nil {
 		return err
 	}
-	c.feed.read = c.stores.log.GetLog
+	c.feed.read, c.feed.latest = c.stores.log.GetLog, c.stores.latestSnapshot
 	if c.transport, err = c.listen(); err != nil {
 		return err
 	}
@@ -395,6 +395,31 @@ const requestWeight = 512
 // Entry returns what was proposed at index, which this node's log must hold: an index that Machine.Apply has been
 // given and no snapshot has covered yet. What it returns must not be changed.
 func (c *Consensus) Entry(index txn.LogIndex) ([]byte, error) { return c.stores.readEntry(index) }
+
+// Replace has another machine take the place of the one that entries are given to now. It is fed as after a restart:
+// restored from the newest snapshot, if there is one, then given every entry behind that. Meanwhile Raft goes on. The
+// old machine must let go of a call that it is in, and so must a snapshot of it that is being written; after Replace
+// neither is used any more. After an error the old one stays.
+func (c *Consensus) Replace(ctx context.Context, m Machine) error {
+	r := &replacement{machine: m, answer: make(chan error, 1)}
+	select {
+	case c.feed.replacements <- r:
+		return <-r.answer
+	case <-ctx.Done():
+		return fmt.Errorf("replace machine: %w", context.Cause(ctx))
+	case <-c.feed.stop:
+		return fmt.Errorf("replace machine: %w", txn.ErrClosed)
+	}
+}
+
+// TakeSnapshot takes a snapshot now, and truncates the log as far as that and Config.TrailingLogs allow. With nothing
+// new since the last one it does nothing.
+func (c *Consensus) TakeSnapshot() error {
+	if err := c.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
+		return fmt.Errorf("take snapshot: %w", err)
+	}
+	return nil
+}
 
 // Status returns what this node believes.
 func (c *Consensus) Status() Status {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -296,6 +297,105 @@ func TestSlowMachineStopsNobody(t *testing.T) {
 			t.Errorf("node %d got something else", i+1)
 		}
 	}
+}
+
+// A machine that takes another's place gets everything from the newest snapshot on, as after a restart, and the old
+// one nothing more, while Raft goes on.
+func TestReplacedMachineGetsEverything(t *testing.T) {
+	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs, c.LogStore = 1, LogStoreBoltDB })
+	node := tc.nodes[tc.leader()]
+	var proposed []string
+	propose := func(n int) (last txn.LogIndex) {
+		for range n {
+			proposed = append(proposed, fmt.Sprint(len(proposed)))
+			last = tc.propose(tc.leader(), proposed[len(proposed)-1])
+		}
+		return last
+	}
+	check := func(m *recorder, last txn.LogIndex, restored int) {
+		t.Helper()
+		var got []string
+		for _, e := range m.awaitIndex(t, last) {
+			got = append(got, string(e.Data))
+		}
+		if !slices.Equal(got, proposed) || m.restored != restored {
+			t.Errorf("got %q, %d of them by a snapshot; want %q, %d", got, m.restored, proposed, restored)
+		}
+	}
+	propose(10)
+	first := newRecorder()
+	if err := node.c.Replace(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	check(first, propose(5), 0)
+	first.hold = make(chan struct{})
+	if err := node.c.TakeSnapshot(); err != nil {
+		t.Fatal(err)
+	}
+	last := propose(5) // the first of them hangs in the old machine
+	second := newRecorder()
+	done := make(chan error)
+	go func() { done <- node.c.Replace(context.Background(), second) }()
+	close(first.hold)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	check(second, last, 15)
+	first.mu.Lock()
+	old := len(first.entries)
+	first.mu.Unlock()
+	check(second, propose(3), 15)
+	if len(first.entries) != old {
+		t.Errorf("the old machine got %d entries after it was replaced", len(first.entries)-old)
+	}
+	if got := node.c.Status().AppliedIndex; got < last {
+		t.Errorf("applied %d of %d", got, last)
+	}
+
+	// The snapshot that Raft is writing is waited for: after it the log may begin behind the one before.
+	writing := &heldSnapshots{recorder: newRecorder(), begun: make(chan struct{}), hold: make(chan struct{})}
+	if err := node.c.Replace(t.Context(), writing); err != nil {
+		t.Fatal(err)
+	}
+	check(writing.recorder, propose(2), 15)
+	go func() { done <- node.c.TakeSnapshot() }()
+	<-writing.begun
+	third := newRecorder()
+	replaced := make(chan error)
+	go func() { replaced <- node.c.Replace(context.Background(), third) }()
+	last = propose(2)
+	select {
+	case err := <-replaced:
+		t.Errorf("replaced (%v) while a snapshot was being written", err)
+	case <-time.After(50 * time.Millisecond): // long enough to catch one that does not wait
+	}
+	close(writing.hold)
+	if err := errors.Join(<-done, <-replaced); err != nil {
+		t.Fatal(err)
+	}
+	check(third, last, 25)
+}
+
+// heldSnapshots is a recorder whose snapshots are written when hold is closed.
+type heldSnapshots struct {
+	*recorder
+	begun, hold chan struct{}
+}
+
+func (h *heldSnapshots) Snapshot() (Snapshot, error) {
+	s, err := h.recorder.Snapshot()
+	return heldSnapshot{s, h}, err
+}
+
+type heldSnapshot struct {
+	Snapshot
+	of *heldSnapshots
+}
+
+func (s heldSnapshot) WriteTo(w io.Writer) (int64, error) {
+	close(s.of.begun)
+	<-s.of.hold
+	return s.Snapshot.WriteTo(w)
 }
 
 // A member whose log ends before the leader's begins must not have a snapshot put over it.

@@ -32,11 +32,13 @@ var errBehind = errors.New("machine is behind the log")
 // Raft's main thread, and on a leader with it everybody. Entries that do not fit in memory are read from the log
 // again when their turn comes.
 type feed struct {
-	machine Machine
+	machine Machine                                 // changed by the apply goroutine only
 	read    func(index uint64, out *raft.Log) error // the log
 	fail    func(error)                             // the node must stop
 	// committed is told each batch's last entry before anything else happens to the batch.
 	committed func(term uint64, index txn.LogIndex)
+	// latest opens the newest snapshot and tells its index; nil if there is none.
+	latest func() (uint64, io.ReadCloser, error)
 
 	// handed is the last command that Raft has handed over. Written by Raft's FSM goroutine only.
 	handed atomic.Uint64
@@ -46,6 +48,11 @@ type feed struct {
 	wake chan struct{} // capacity 1
 	stop chan struct{} // closed by halt
 	once sync.Once
+
+	// snapshotting holds something from the capture of a snapshot until it is released, which Raft does when it has
+	// truncated the log.
+	snapshotting chan struct{}
+	replacements chan *replacement
 
 	mu    sync.Mutex
 	queue []Entry // in order, the next to apply
@@ -60,7 +67,16 @@ type feed struct {
 
 // newFeed returns a feed that lacks only its functions.
 func newFeed(m Machine) *feed {
-	return &feed{machine: m, wake: make(chan struct{}, 1), stop: make(chan struct{})}
+	return &feed{
+		machine: m, wake: make(chan struct{}, 1), stop: make(chan struct{}),
+		snapshotting: make(chan struct{}, 1), replacements: make(chan *replacement),
+	}
+}
+
+// replacement is a machine that is to take the other's place.
+type replacement struct {
+	machine Machine
+	answer  chan error // capacity 1
 }
 
 type snapshotRequest struct {
@@ -131,6 +147,8 @@ func (f *feed) run() {
 		select {
 		case <-f.stop:
 			return
+		case r := <-f.replacements:
+			r.answer <- f.replace(r.machine)
 		default:
 		}
 		if len(batch) > 0 {
@@ -139,10 +157,43 @@ func (f *feed) run() {
 		}
 		select {
 		case <-f.wake:
+		case r := <-f.replacements:
+			r.answer <- f.replace(r.machine)
 		case <-f.stop:
 			return
 		}
 	}
+}
+
+// replace gives the entries to m from here on, beginning behind the newest snapshot, which m is restored from: what
+// follows is in the log, and taken from there as if it had not fitted into memory.
+func (f *feed) replace(m Machine) error {
+	// While Raft finishes a snapshot it truncates the log, perhaps past the one before, which would be opened here.
+	select {
+	case f.snapshotting <- struct{}{}:
+		defer func() { <-f.snapshotting }()
+	case <-f.stop:
+		return fmt.Errorf("replace machine: %w", txn.ErrClosed)
+	}
+	index, from, err := f.latest()
+	if err != nil {
+		return fmt.Errorf("replace machine: %w", err)
+	}
+	if from != nil {
+		_, err := restore(m, from)
+		if err = errors.Join(err, from.Close()); err != nil {
+			return fmt.Errorf("replace machine: %w", err)
+		}
+	}
+	f.machine = m
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.queue, f.bytes = nil, 0
+	f.taken, f.base = index, index
+	f.spilled = index < f.handed.Load()
+	f.applied.Store(min(index, f.handed.Load()))
+	f.signal()
+	return nil
 }
 
 // next returns the entries whose turn it is, none if there are none. It reuses batch.
@@ -212,7 +263,7 @@ func (f *feed) Snapshot() (raft.FSMSnapshot, error) {
 	if answer.err != nil {
 		return nil, answer.err
 	}
-	return &persisted{of: answer.snapshot, index: request.at}, nil
+	return &persisted{of: answer.snapshot, index: request.at, released: func() { <-f.snapshotting }}, nil
 }
 
 // withdraw takes a request back, unless the apply goroutine has it already.
@@ -237,8 +288,10 @@ func (f *feed) serveSnapshot() {
 	f.mu.Unlock()
 	// Raft hands over nothing while it waits for a snapshot.
 	invariant.Check(f.applied.Load() == r.at, "snapshot at %d, but %d is applied", r.at, f.applied.Load())
+	f.snapshotting <- struct{}{} // has room: Raft takes one at a time
 	s, err := f.machine.Snapshot()
 	if err != nil {
+		<-f.snapshotting
 		err = fmt.Errorf("take snapshot at %d: %w", r.at, err)
 	}
 	r.answer <- snapshotAnswer{s, err}
@@ -252,8 +305,9 @@ const snapshotHeader = 16
 
 // persisted is a machine's snapshot with our header.
 type persisted struct {
-	of    Snapshot
-	index uint64
+	of       Snapshot
+	index    uint64
+	released func()
 }
 
 // Persist implements raft.FSMSnapshot. On error Raft cancels the sink.
@@ -268,21 +322,17 @@ func (p *persisted) Persist(sink raft.SnapshotSink) error {
 }
 
 // Release implements raft.FSMSnapshot.
-func (p *persisted) Release() { p.of.Release() }
+func (p *persisted) Release() {
+	p.of.Release()
+	p.released()
+}
 
 // Restore implements raft.FSM. The transport sees to it that none comes after the first entry.
 func (f *feed) Restore(from io.ReadCloser) error {
 	invariant.Check(f.handed.Load() == f.applied.Load(), "restore while the machine is at %d of %d", f.applied.Load(), f.handed.Load())
-	var header [snapshotHeader]byte
-	if _, err := io.ReadFull(from, header[:]); err != nil {
-		return fmt.Errorf("read snapshot header: %w", err)
-	}
-	if !bytes.Equal(header[:8], snapshotMagic[:]) {
-		return fmt.Errorf("read snapshot header: %w: no magic", txn.ErrCorrupt)
-	}
-	index := binary.BigEndian.Uint64(header[8:])
-	if err := f.machine.Restore(from); err != nil {
-		return fmt.Errorf("restore snapshot at %d: %w", index, err)
+	index, err := restore(f.machine, from)
+	if err != nil {
+		return err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -290,6 +340,22 @@ func (f *feed) Restore(from io.ReadCloser) error {
 	f.handed.Store(index)
 	f.applied.Store(index)
 	return nil
+}
+
+// restore brings m to what a snapshot holds, and returns the last command that it covers.
+func restore(m Machine, from io.Reader) (index uint64, err error) {
+	var header [snapshotHeader]byte
+	if _, err := io.ReadFull(from, header[:]); err != nil {
+		return 0, fmt.Errorf("read snapshot header: %w", err)
+	}
+	if !bytes.Equal(header[:8], snapshotMagic[:]) {
+		return 0, fmt.Errorf("read snapshot header: %w: no magic", txn.ErrCorrupt)
+	}
+	index = binary.BigEndian.Uint64(header[8:])
+	if err := m.Restore(from); err != nil {
+		return 0, fmt.Errorf("restore snapshot at %d: %w", index, err)
+	}
+	return index, nil
 }
 
 // pristine reports whether the machine has not been given any entry yet, so that a snapshot may still be restored.

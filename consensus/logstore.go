@@ -358,6 +358,23 @@ func (s *deadlineStore) Close() error {
 	return s.closableLogStore.Close()
 }
 
+// latestSnapshot opens the newest snapshot, if there is one. Its index may be past the last command that it covers, and
+// is where the log may begin.
+func (s *stores) latestSnapshot() (index uint64, from io.ReadCloser, err error) {
+	list, err := s.snapshots.List()
+	if err != nil {
+		return 0, nil, fmt.Errorf("list snapshots: %w", err)
+	}
+	if len(list) == 0 {
+		return 0, nil, nil
+	}
+	meta, from, err := s.snapshots.Open(list[0].ID)
+	if err != nil {
+		return 0, nil, fmt.Errorf("open snapshot %s: %w", list[0].ID, err)
+	}
+	return meta.Index, from, nil
+}
+
 // readEntry returns the command at index.
 func (s *stores) readEntry(index txn.LogIndex) ([]byte, error) {
 	var l raft.Log
