@@ -438,6 +438,7 @@ func (s *session) aborted(op *commitOp, ev txn.Event) error {
 // abort rolls back and tells the client why.
 func (s *session) abort(op *commitOp, e *sqlError) error {
 	if err := s.rollBack(); err != nil {
+		s.emit(e.append(nil)) // the server is gone, and the transaction with it
 		return err
 	}
 	return s.commitFailed(op, e, nil)
@@ -521,7 +522,7 @@ func (s *session) connectionLost(op *commitOp, cause error) error {
 	default:
 		s.g.metrics.aborts.WithLabelValues(ev.Reason.String()).Inc()
 		s.emit(abortError(ev).append(nil))
-		err = s.finish(&sqlError{code: codeConnectionFailed, message: "the node's PostgreSQL server has closed the connection"})
+		err = s.finish(errServerLost)
 	}
 	op.commit.Close()
 	op.commit = nil

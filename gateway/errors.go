@@ -70,6 +70,8 @@ var (
 		hint:   "Connect to a node with quorum, or retry when it is back."}
 	errShutdown = &sqlError{severity: "FATAL", code: codeShutdown,
 		message: "terminating connection: the gateway is shutting down"}
+	errServerLost = &sqlError{severity: "FATAL", code: codeConnectionFailed,
+		message: "the node's PostgreSQL server has closed the connection"}
 	errTooMany = &sqlError{severity: "FATAL", code: codeTooMany, message: "sorry, too many clients already",
 		hint: "Raise the gateway's limit on connections, or use a connection pool."}
 	errReplication = &sqlError{severity: "FATAL", code: codeUnsupported,
@@ -128,7 +130,7 @@ func unknownError(gid txn.GID) *sqlError {
 func visibleError(gid txn.GID) *sqlError {
 	return &sqlError{severity: "FATAL", code: codeShutdown,
 		message: "terminating connection: transaction " + gid.String() + " was committed from the log",
-		detail:  "Its session was rolled back to let an earlier transaction pass; settings, temporary tables and cursors are lost.",
+		detail:  "Its session was rolled back, or its server lost, before its turn came; settings, temporary tables and cursors are gone.",
 		hint:    "Reconnect. Do not repeat the transaction: it is committed."}
 }
 

@@ -123,6 +123,7 @@ type Gateway struct {
 	conns    map[net.Conn]struct{} // every client connection, so that Close can end those still starting up
 	sessions map[uint32]*session   // by the process id of the server backend
 	idle     chan struct{}         // closed when sessions is empty, if not nil
+	life     uint64                // of the server: how often EndSessions was called
 }
 
 // New returns a Gateway that does nothing until Open.
@@ -210,22 +211,48 @@ func (g *Gateway) Drain(ctx context.Context) error {
 	if g.listener != nil {
 		_ = g.listener.Close() // the only error is that it is closed
 	}
+	if err := g.endSessions(ctx, (*session).drain); err != nil {
+		return fmt.Errorf("drain gateway: %w", err)
+	}
+	return nil
+}
+
+// EndSessions ends every session as the end of its server connection would, because the server is gone or must not be
+// used any more, and waits until they have ended. Who is connecting is turned away. A commit that waits for the log's
+// word still gets it, and its client hears it. When ctx ends first it returns the reason.
+func (g *Gateway) EndSessions(ctx context.Context) error {
 	g.mu.Lock()
-	idle := make(chan struct{})
-	g.idle = idle
-	if len(g.sessions) == 0 {
-		close(idle)
-		g.idle = nil
+	g.life++
+	g.mu.Unlock()
+	if err := g.endSessions(ctx, (*session).loseServer); err != nil {
+		return fmt.Errorf("end sessions: %w", err)
 	}
+	return nil
+}
+
+func (g *Gateway) endSessions(ctx context.Context, end func(*session)) error {
+	g.mu.Lock()
+	if g.idle == nil {
+		g.idle = make(chan struct{})
+	}
+	idle := g.idle
 	for _, s := range g.sessions {
-		s.drain()
+		end(s)
 	}
+	g.tellIdleLocked()
 	g.mu.Unlock()
 	select {
 	case <-idle:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("drain gateway: %w", context.Cause(ctx))
+		return context.Cause(ctx)
+	}
+}
+
+func (g *Gateway) tellIdleLocked() {
+	if len(g.sessions) == 0 && g.idle != nil {
+		close(g.idle)
+		g.idle = nil
 	}
 }
 
@@ -272,11 +299,21 @@ func (g *Gateway) Evict(pid uint32, by txn.CSN) bool {
 	return true
 }
 
-func (g *Gateway) register(s *session) error {
+// serverLife is what register wants to know of the time before the server was connected to.
+func (g *Gateway) serverLife() uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.life
+}
+
+func (g *Gateway) register(s *session, life uint64) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ctx.Err() != nil || g.draining.Load() {
 		return errShutdown
+	}
+	if life != g.life {
+		return errServerLost
 	}
 	g.sessions[s.pid] = s
 	g.metrics.sessions.Inc()
@@ -291,10 +328,7 @@ func (g *Gateway) unregister(s *session) {
 	}
 	delete(g.sessions, s.pid)
 	g.metrics.sessions.Dec()
-	if len(g.sessions) == 0 && g.idle != nil {
-		close(g.idle)
-		g.idle = nil
-	}
+	g.tellIdleLocked()
 }
 
 // statementSet remembers by fingerprint which statements write although their text does not show it. Reading takes

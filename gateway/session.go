@@ -269,7 +269,7 @@ func (s *session) endByServer(err error) {
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	if !told {
-		e := &sqlError{severity: "FATAL", code: codeConnectionFailed, message: "the node's PostgreSQL server has closed the connection"}
+		e := errServerLost
 		if stopping {
 			e = errShutdown
 		} else {
@@ -295,6 +295,9 @@ func (s *session) drain() {
 		_ = s.toServer.conn.SetReadDeadline(time.Unix(1, 0)) // wakes the server loop, which ends the session
 	}
 }
+
+// loseServer ends the session as a lost server connection would.
+func (s *session) loseServer() { _ = s.toServer.conn.SetDeadline(time.Unix(1, 0)) }
 
 // stop ends the session now.
 func (s *session) stop() {

@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -33,7 +34,7 @@ func TestSession(t *testing.T) {
 				{"Deferred", testDeferred}, {"Refused", testRefused}, {"SideDoor", testSideDoor}, {"Cancel", testCancel},
 				{"Evict", testEvict}, {"EvictExtended", testEvictExtended}, {"EvictCopy", testEvictCopy}, {"EvictSlowReader", testEvictSlowReader},
 				{"Notify", testNotify}, {"Cursors", testCursors}, {"Temporary", testTemporary}, {"Deallocate", testDeallocate},
-				{"Pgx", testPgx}, {"Startup", testStartup}, {"ClientGone", testClientGone}, {"Malformed", testMalformed},
+				{"Pgx", testPgx}, {"Startup", testStartup}, {"ClientGone", testClientGone}, {"EndSessions", testEndSessions}, {"Malformed", testMalformed},
 				{"BackendGone", testBackendGone}, {"Pgbench", testPgbench},
 			} {
 				t.Run(c.name, func(t *testing.T) {
@@ -1107,6 +1108,50 @@ func testBackendGone(t *testing.T, f *fixture) {
 		if got := w.until(9); got != last.want {
 			t.Errorf("backend gone: %s, want %s", got, last.want)
 		}
+	}
+}
+
+// testEndSessions: without the server, sessions end; a commit that waits for the log's word gets it first.
+func testEndSessions(t *testing.T, f *fixture) {
+	for _, last := range []struct {
+		event txn.Event
+		want  string
+	}{
+		{txn.Event{Step: txn.StepVisible}, "BEGIN T INSERT_0_1 T COMMIT I !57P01 closed"},
+		{txn.Event{Step: txn.StepAbort, Reason: txn.AbortConflict}, "BEGIN T INSERT_0_1 T !40001 !08006 closed"},
+		{txn.Event{Step: txn.StepUnknown}, "BEGIN T INSERT_0_1 T !08007 closed"},
+	} {
+		drained(f)
+		idle, busy, w := f.wire(t, nil), f.wire(t, nil), f.wire(t, nil)
+		busy.send(query("BEGIN"), query("INSERT INTO t VALUES (2)"))
+		busy.until(2)
+		f.coord.holdNext()
+		w.send(query("BEGIN"), query("INSERT INTO t VALUES (1)"), query("COMMIT"))
+		commit := <-f.coord.begun
+		<-commit.waiting
+		ended := make(chan error, 1)
+		go func() { ended <- f.g.EndSessions(timeout(t)) }()
+		for _, other := range []*wire{idle, busy} {
+			if got := other.until(1); got != "!08006 closed" {
+				t.Errorf("another session: %s", got)
+			}
+		}
+		select {
+		case err := <-ended:
+			t.Errorf("ended before the commit was told: %v", err)
+		default:
+		}
+		commit.events <- last.event
+		if got := w.until(9); got != last.want {
+			t.Errorf("waiting commit: %s, want %s", got, last.want)
+		}
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+	f.wire(t, nil) // new ones are let in
+	if s := (&session{}); !errors.Is(f.g.register(s, f.g.serverLife()-1), errServerLost) {
+		t.Error("a session whose server connection is of an earlier life was let in")
 	}
 }
 

@@ -175,6 +175,7 @@ func (g *Gateway) cancelRequest(body []byte) {
 
 // startSession connects to the server, relays the authentication and returns the session when the server is ready.
 func (g *Gateway) startSession(client net.Conn, version uint32, body []byte) (_ *session, err error) {
+	life := g.serverLife() // first of all: afterwards the node may cease to accept
 	if g.cfg.Accepting != nil {
 		if err := g.cfg.Accepting(); err != nil {
 			return nil, &sqlError{code: codeCannotConnect, message: "the node does not accept connections now: " + err.Error()}
@@ -212,7 +213,7 @@ func (g *Gateway) startSession(client net.Conn, version uint32, body []byte) (_ 
 		return nil, err
 	}
 	_ = server.SetDeadline(time.Time{})
-	if err := g.register(s); err != nil {
+	if err := g.register(s, life); err != nil {
 		return nil, err
 	}
 	if err := s.toClient.flush(); err != nil {

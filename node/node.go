@@ -1,11 +1,12 @@
 // Package node wires one node together: PostgreSQL, capture, coordinator, consensus, certifier, apply, gateway and
 // the admin API. It is the only package that knows all others; it decides when the node accepts writes.
+//
+// A part of the node lives as long as the process: consensus, gateway, the APIs. The other part is an incarnation,
+// which lives as long as PostgreSQL does. DESIGN.md beside this file tells how the one outlives the other.
 package node
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,12 +24,6 @@ import (
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pgserver"
-	"github.com/quorate/quorate/replication"
-	"github.com/quorate/quorate/replication/apply"
-	"github.com/quorate/quorate/replication/capture"
-	"github.com/quorate/quorate/replication/pg"
-	"github.com/quorate/quorate/txn"
-	"github.com/quorate/quorate/txn/coord"
 )
 
 // maxNodes is how many nodes a cluster can have: each sequence is divided into as many residues when it is created.
@@ -40,93 +35,80 @@ const (
 	horizonStep = 50_000
 )
 
-// maxLag is how many transactions this node may be behind the log before it stops taking new ones into the log: its
-// own clients then wait for its PostgreSQL, instead of queues growing.
-const maxLag = 2048
-
 // Node is a running node. Its methods may be called concurrently.
 type Node struct {
-	cfg         config.Config
-	version     string
-	log         *slog.Logger
-	incarnation uint64
+	cfg     config.Config
+	version string
+	log     *slog.Logger
+	states  states
 
 	server    *pgserver.Server // nil: PostgreSQL is not managed by us
-	metrics   *prometheus.Registry
-	machine   *replication.Machine
-	pipeline  *apply.Pipeline
-	coord     *coord.Coordinator
-	capture   *capture.Capture
-	catalog   *pg.Catalog
+	current   atomic.Pointer[incarnation]
 	consensus atomic.Pointer[consensus.Consensus] // the log begins to play before Open has returned it
 	gateway   atomic.Pointer[gateway.Gateway]
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
 
-	token     string       // of this node's DDL messages
-	start     txn.CSN      // everything up to it was committed here when the node started
-	announced chan txn.CSN // the CSN at which the log says that this incarnation has started
-	strays    prometheus.Counter
+	metrics    *prometheus.Registry
+	strays     prometheus.Counter
+	recoveries prometheus.Counter
 
-	state    atomic.Pointer[state]
 	pruning  atomic.Bool // a Horizon entry of ours is under way
-	stopping atomic.Bool
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	group    *errgroup.Group
+	fenced   context.Context
+	fence    context.CancelCauseFunc       // ends fenced, and with it the incarnations for good, and nothing else
+	lived    chan struct{}                 // closed when the last incarnation has ended; nil before the first is accompanied
 	opened   []func(context.Context) error // what Close undoes, in reverse
 	closing  sync.Once
 	closeErr error
 }
 
-// state is what the node tells the world about itself.
-type state struct {
-	name   string // of DESIGN 9: catching-up, active, failed
-	reason string // why it does not accept writes; empty when active
-}
-
 // Open starts a node of this version of Quorate and returns when its clients can connect; it accepts writes once it has
 // caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again.
 func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (_ *Node, err error) {
-	n := &Node{cfg: cfg, version: version, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(), announced: make(chan txn.CSN, 1)}
-	n.setState("starting", "the node is starting")
-	var seed [8]byte
-	if _, err := rand.Read(seed[:]); err != nil {
-		return nil, fmt.Errorf("draw an incarnation: %w", err)
+	n := &Node{
+		cfg: cfg, version: version, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(),
+		strays:     prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_strays_total", Help: "Commits that bypassed the gateway."}),
+		recoveries: prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_recoveries_total", Help: "Times that PostgreSQL was lost and taken up again."}),
 	}
-	n.incarnation = binary.BigEndian.Uint64(seed[:])
-	n.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	n.states.changed = n.stateChanged
+	n.states.set(stateStarting, "the node is starting")
+	n.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		n.strays, n.recoveries, &n.states)
 	var lifetime context.Context
 	lifetime, n.cancel = context.WithCancelCause(context.Background())
 	n.group, n.ctx = errgroup.WithContext(lifetime)
+	n.fenced, n.fence = context.WithCancelCause(n.ctx)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close(context.WithoutCancel(ctx)))
 		}
 	}()
-	// The order matters. PostgreSQL first: how far it is decides where applying starts. Its consumers next, so that
-	// the log, which begins to play as soon as consensus is open, finds them. Clients last.
+	// The order matters. PostgreSQL first: how far it is decides where applying starts. The log, which begins to play as
+	// soon as consensus is open, finds what consumes it. Clients last.
 	for _, step := range []struct {
 		name string
 		run  func(context.Context) error
 	}{
-		{"PostgreSQL", n.openPostgres},
-		{"replication", n.openReplication},
 		{"admin API", n.openAdmin},
+		{"PostgreSQL", n.openIncarnation},
 		{"consensus", n.openConsensus},
 		{"gRPC", n.serveGRPC},
 		{"HTTP", n.openHTTP},
+		{"recovery", n.accompanyAll},
 		{"gateway", n.openGateway},
 	} {
 		if err := step.run(ctx); err != nil {
 			return nil, fmt.Errorf("open %s: %w", step.name, err)
 		}
 	}
-	n.group.Go(func() error { return n.join(n.ctx) })
 	return n, nil
 }
 
-// Wait returns when the node cannot go on, with the reason, or nil after Close.
+// Wait returns when the node cannot go on, with the reason, or nil after Close. A node whose data are at fault goes on,
+// fenced, to say so.
 func (n *Node) Wait() error {
 	<-n.ctx.Done()
 	if err := context.Cause(n.ctx); !errors.Is(err, errClosed) {
@@ -141,8 +123,7 @@ var errClosed = errors.New("node closed")
 // decides them. It is idempotent.
 func (n *Node) Close(ctx context.Context) error {
 	n.closing.Do(func() {
-		n.stopping.Store(true)
-		n.setState("stopping", "the node is stopping")
+		n.states.set(stateStopping, "the node is stopping")
 		var errs []error
 		for i := len(n.opened) - 1; i >= 0; i-- {
 			errs = append(errs, n.opened[i](ctx))
@@ -155,26 +136,39 @@ func (n *Node) Close(ctx context.Context) error {
 
 func (n *Node) onClose(f func(context.Context) error) { n.opened = append(n.opened, f) }
 
-func (n *Node) setState(name, reason string) {
-	n.state.Store(&state{name, reason})
+func (n *Node) stateChanged(s state) {
 	if a := n.admin.Load(); a != nil {
-		a.SetServing(reason == "")
+		a.SetServing(s.reason == "")
+	}
+	if s.name == stateFailed {
+		n.log.Error("the node is fenced", logkey.Reason, s.reason)
 	}
 }
 
-// fail stops the node for a reason that going on would make worse.
+// fail ends the process, for what a new start may mend.
 func (n *Node) fail(err error) {
-	if n.stopping.Load() {
-		return
+	if n.states.set(stateFailed, err.Error()) {
+		n.cancel(err)
 	}
-	n.log.Error("the node stops", logkey.Error, err)
-	n.setState("failed", err.Error())
-	n.cancel(err)
+}
+
+// run runs a part of the node until the node ends; if the part ends before, so does the node.
+func (n *Node) run(name string, f func(context.Context) error) {
+	n.group.Go(func() error {
+		err := f(n.ctx)
+		if err == nil {
+			err = errEnded
+		}
+		if n.ctx.Err() == nil {
+			n.fail(fmt.Errorf("%s: %w", name, err))
+		}
+		return nil
+	})
 }
 
 // accepting returns nil when clients may write.
 func (n *Node) accepting() error {
-	if s := n.state.Load(); s.reason != "" {
+	if s := n.states.current(); s.reason != "" {
 		return errors.New(s.reason)
 	}
 	return nil

@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -23,15 +22,16 @@ import (
 // This file holds the joints: each consumer declares the interface it needs in its own words, and here the packages
 // that provide it are fitted to them.
 
-// deliver takes the decisions of one log entry.
-func (n *Node) deliver(decisions []replication.Decision) {
+// deliver takes the decisions of one log entry. Once the incarnation has ended, what commits is only told to the
+// sessions that wait for it; the next one is given these entries again.
+func (i *incarnation) deliver(decisions []replication.Decision) {
 	items := make([]apply.Item, 0, len(decisions))
 	for _, d := range decisions {
 		gid := d.Set.GID
-		own := gid.Node == n.cfg.Node
+		own := gid.Node == i.n.cfg.Node
 		var held *coord.Transaction
-		if own && gid.Incarnation == n.incarnation {
-			held = n.coord.Decided(gid, d.Verdict)
+		if own && gid.Incarnation == i.id {
+			held = i.coord.Decided(gid, d.Verdict)
 		}
 		if !d.Verdict.Commits() {
 			continue
@@ -40,13 +40,16 @@ func (n *Node) deliver(decisions []replication.Decision) {
 		switch {
 		case held != nil:
 			item.Local = local{held}
-		case own && gid.Incarnation != n.incarnation:
+		case own && gid.Incarnation != i.id:
 			item.Local = earlier{}
 		}
 		items = append(items, item)
 	}
-	if err := n.pipeline.Enqueue(n.ctx, items...); err != nil && n.ctx.Err() == nil {
-		n.fail(fmt.Errorf("queue transactions for apply: %w", err))
+	if i.ctx.Err() != nil {
+		return
+	}
+	if err := i.pipeline.Enqueue(i.ctx, items...); err != nil {
+		i.fail(fmt.Errorf("queue transactions for apply: %w", err))
 	}
 }
 
@@ -67,36 +70,46 @@ func (earlier) Committed() bool           { return false }
 func (earlier) PID() uint32               { return 0 }
 func (earlier) Visible(txn.CSN)           {}
 
-// machine fits replication.Machine to consensus.
-type machine struct{ *replication.Machine }
+// machine fits an incarnation's replication.Machine to consensus.
+type machine struct{ *incarnation }
 
 func (m machine) Apply(entries []consensus.Entry) {
 	for _, e := range entries {
-		m.Machine.Apply(e.Index, e.Data)
+		m.machine.Apply(e.Index, e.Data)
 	}
 }
 
 func (m machine) Snapshot() (consensus.Snapshot, error) {
-	s, err := m.Machine.Snapshot()
+	s, err := m.machine.Snapshot()
 	if err != nil {
 		return nil, err
 	}
 	return snapshot{s}, nil
 }
 
-func (m machine) Restore(r io.Reader) error { return m.Machine.Restore(r) }
+// Restore also checks what no snapshot is written without: that PostgreSQL holds durably what it covers.
+func (m machine) Restore(r io.Reader) error {
+	if err := m.machine.Restore(r); err != nil {
+		return err
+	}
+	if begins := m.machine.LastCSN(); begins > m.start {
+		return fmt.Errorf("PostgreSQL has transactions up to %d only, and the log no longer those up to %d: it was set back, or is not this node's; clone the node: %w",
+			m.start, begins, txn.ErrDiverged)
+	}
+	return nil
+}
 
 type snapshot struct{ *replication.Snapshot }
 
 func (snapshot) Release() {}
 
 // sink fits the coordinator to capture.
-type sink struct{ n *Node }
+type sink struct{ *incarnation }
 
-func (s sink) Expecting(gid txn.GID) bool { return s.n.coord.Expecting(gid) }
+func (s sink) Expecting(gid txn.GID) bool { return s.coord.Expecting(gid) }
 
 func (s sink) Marked(m capture.Marker, set *txn.WriteSet, parts txn.Parts, err error) {
-	s.n.coord.Marked(m.GID, set, parts, err)
+	s.coord.Marked(m.GID, set, parts, err)
 }
 
 func (s sink) Stray(xid uint32, lsn txn.LSN, rows uint64) {
@@ -106,16 +119,16 @@ func (s sink) Stray(xid uint32, lsn txn.LSN, rows uint64) {
 	s.n.strays.Inc()
 }
 
-// coordinator fits the coordinator to the gateway.
+// coordinator fits the coordinator of the current incarnation to the gateway, whose sessions end before another begins.
 type coordinator struct{ n *Node }
 
-func (c coordinator) Applied() txn.CSN { return c.n.coord.Applied() }
+func (c coordinator) Applied() txn.CSN { return c.n.current.Load().coord.Applied() }
 
 func (c coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (gateway.Commit, error) {
 	if err := c.n.accepting(); err != nil {
 		return nil, fmt.Errorf("%w: %w", txn.ErrNoQuorum, err)
 	}
-	t, err := c.n.coord.Begin(ctx, base, pid)
+	t, err := c.n.current.Load().coord.Begin(ctx, base, pid)
 	if err != nil {
 		return nil, err
 	}
@@ -123,11 +136,12 @@ func (c coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (gatew
 }
 
 // order fits consensus to the coordinator, and holds back proposals while this node is too far behind the log.
-type order struct{ n *Node }
+type order struct{ *incarnation }
 
 func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
-	if last := o.n.machine.LastCSN(); last > maxLag {
-		if err := o.n.pipeline.WaitFor(ctx, last-maxLag); err != nil {
+	if last := o.machine.LastCSN(); last > maxLag {
+		// What an incarnation that has ended still proposes is not for this node's PostgreSQL to wait for.
+		if err := o.pipeline.WaitFor(ctx, last-maxLag); err != nil && o.ctx.Err() == nil {
 			return 0, fmt.Errorf("wait for apply to catch up: %w: %w", txn.ErrNoQuorum, err)
 		}
 	}
@@ -156,8 +170,9 @@ func (o order) AwaitLeader(ctx context.Context) error {
 const leaderRetry = 20 * time.Millisecond
 
 // prune lets the certifiers forget, by an entry in the log, so that all forget alike. Only the leader proposes it.
-func (n *Node) prune() {
-	last, horizon := n.machine.LastCSN(), n.machine.Horizon()
+func (i *incarnation) prune() {
+	n := i.n
+	last, horizon := i.machine.LastCSN(), i.machine.Horizon()
 	if last < horizon+horizonKeep+horizonStep {
 		return
 	}
@@ -172,20 +187,6 @@ func (n *Node) prune() {
 		}
 		return nil
 	})
-}
-
-// durable waits until PostgreSQL has flushed everything up to csn: then the log may forget it.
-func (n *Node) durable(csn txn.CSN) error {
-	if err := n.pipeline.WaitFor(n.ctx, csn); err != nil {
-		return fmt.Errorf("wait until CSN %d is applied: %w", csn, err)
-	}
-	conn, err := n.connect(n.ctx)
-	if err != nil {
-		return err
-	}
-	// Its WAL record comes after the commits, which are asynchronous but in order; flushing it flushes them.
-	_, err = conn.Exec(n.ctx, `SELECT pg_logical_emit_message(false, 'quorate.flush', '', true)`).ReadAll()
-	return errors.Join(err, closeConn(n.ctx, conn))
 }
 
 func closeConn(ctx context.Context, conn *pgconn.PgConn) error {

@@ -18,12 +18,11 @@ import (
 	"github.com/quorate/quorate/replication/pg"
 )
 
-// openPostgres brings PostgreSQL to where the rest can build on it: running, with the right settings, our objects
-// installed, and nothing left of an earlier incarnation.
-func (n *Node) openPostgres(ctx context.Context) error {
-	sizing := pgserver.Sizing{Clients: n.cfg.Limits.Clients, Workers: n.cfg.Apply.Workers}
+// openPostgres brings PostgreSQL to where an incarnation can build on it: running, with the right settings, our objects
+// installed, and nothing left of an earlier incarnation. It reads how far it is.
+func (n *Node) openPostgres(ctx context.Context, i *incarnation) error {
 	if n.cfg.Postgres.Managed {
-		if err := n.startServer(ctx, sizing); err != nil {
+		if err := n.startServer(ctx); err != nil {
 			return err
 		}
 	}
@@ -31,17 +30,25 @@ func (n *Node) openPostgres(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = n.prepareServer(ctx, conn, sizing)
+	err = i.prepareServer(ctx, conn)
 	return errors.Join(err, closeConn(ctx, conn))
 }
 
-func (n *Node) startServer(ctx context.Context, sizing pgserver.Sizing) error {
+func (n *Node) sizing() pgserver.Sizing {
+	return pgserver.Sizing{Clients: n.cfg.Limits.Clients, Workers: n.cfg.Apply.Workers}
+}
+
+// startServer starts the managed server, or goes on with it if it runs.
+func (n *Node) startServer(ctx context.Context) error {
+	if n.server != nil {
+		return n.server.Start(ctx)
+	}
 	c := n.cfg.Postgres
 	install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: c.BinDir})
 	if err != nil {
 		return err
 	}
-	settings := pgserver.NodeSettings(install.Version, sizing)
+	settings := pgserver.NodeSettings(install.Version, n.sizing())
 	for name, value := range c.Settings {
 		settings[name] = value
 	}
@@ -49,7 +56,7 @@ func (n *Node) startServer(ctx context.Context, sizing pgserver.Sizing) error {
 	if err != nil {
 		return err
 	}
-	n.server, err = pgserver.New(pgserver.Config{
+	server, err := pgserver.New(pgserver.Config{
 		Install: install, DataDir: c.DataDir, Host: c.Host, Port: c.Port, SocketDir: c.SocketDir,
 		Superuser: c.Superuser, Auth: c.Auth, Password: password, Settings: settings,
 		Log: n.log.With(logkey.Component, "postgres"),
@@ -57,37 +64,33 @@ func (n *Node) startServer(ctx context.Context, sizing pgserver.Sizing) error {
 	if err != nil {
 		return err
 	}
-	if _, err := n.server.Init(ctx); err != nil {
+	if _, err := server.Init(ctx); err != nil {
 		return err
 	}
-	if err := n.server.Start(ctx); err != nil {
+	if err := server.Start(ctx); err != nil {
 		return err
 	}
-	n.onClose(n.server.Stop)
-	n.group.Go(func() error {
-		select {
-		case <-n.server.Done():
-			n.fail(errors.New("PostgreSQL has stopped"))
-		case <-n.ctx.Done():
-		}
-		return nil
-	})
+	n.server = server
+	n.onClose(server.Stop)
 	return nil
 }
 
-func (n *Node) prepareServer(ctx context.Context, conn *pgconn.PgConn, sizing pgserver.Sizing) error {
-	if err := pgserver.CheckSettings(ctx, conn, sizing); err != nil {
+func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (err error) {
+	n := i.n
+	if i.life, err = apply.ServerLife(ctx, conn); err != nil {
+		return err
+	}
+	if err := pgserver.CheckSettings(ctx, conn, n.sizing()); err != nil {
 		return err
 	}
 	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: maxNodes}
 	if err := pg.Settle(ctx, conn); err != nil {
 		return err
 	}
-	var err error
-	if n.token, err = pg.Install(ctx, conn, id); err != nil {
+	if i.token, err = pg.Install(ctx, conn, id); err != nil {
 		return err
 	}
-	n.start, err = apply.Progress(ctx, conn)
+	i.start, err = apply.Progress(ctx, conn)
 	return err
 }
 

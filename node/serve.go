@@ -9,7 +9,9 @@ import (
 	"net/http/pprof"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/grpc"
 
 	"github.com/quorate/quorate/admin"
@@ -49,12 +51,10 @@ func (n *Node) serveGRPC(ctx context.Context) error {
 
 // Status says how the node is, for the API.
 func (n *Node) Status() admin.Status {
-	s := admin.Status{State: n.state.Load().name, Reason: n.state.Load().reason}
-	if n.machine != nil {
-		s.CSN = n.machine.LastCSN()
-	}
-	if n.pipeline != nil {
-		s.Applied, s.AppliedIndex = n.pipeline.Applied(), n.pipeline.AppliedIndex()
+	now := n.states.current()
+	s := admin.Status{State: now.name, Reason: now.reason, Writes: now.reason == ""}
+	if i := n.current.Load(); i != nil {
+		s.CSN, s.Applied, s.AppliedIndex = i.machine.LastCSN(), i.pipeline.Applied(), i.pipeline.AppliedIndex()
 	}
 	c := n.consensus.Load()
 	if c == nil {
@@ -70,16 +70,17 @@ func (n *Node) Status() admin.Status {
 	default:
 		s.Role = admin.Follower
 	}
-	err := n.accepting()
-	if s.Writes = err == nil; !s.Writes {
-		s.Reason = err.Error()
-	}
 	return s
+}
+
+// gather collects the node's metrics and those of the current incarnation, which begin anew with it.
+func (n *Node) gather() ([]*dto.MetricFamily, error) {
+	return prometheus.Gatherers{n.metrics, n.current.Load().metrics}.Gather()
 }
 
 func (n *Node) openHTTP(ctx context.Context) error {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(n.metrics, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.GathererFunc(n.gather), promhttp.HandlerOpts{}))
 	if n.cfg.Pprof {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)

@@ -14,8 +14,9 @@ const (
 	StepAbort
 	// StepRelease: its turn in the order has come: let COMMIT through now, then report Committed or Lost.
 	StepRelease
-	// StepVisible, only after Lost: the write set was applied from the log and is visible. The transaction did commit,
-	// but what else the rollback undid here (SET, temporary tables, cursors) is gone, so the session must end.
+	// StepVisible, only after Lost or when the server is gone: the write set was applied from the log and is visible, or
+	// will be first of all when the server is back. The transaction did commit, but what else the rollback undid here
+	// (SET, temporary tables, cursors) is gone, so the session must end.
 	StepVisible
 	// StepUnknown: the outcome cannot be known now; only the log decides.
 	StepUnknown

@@ -130,6 +130,33 @@ func processesOf(dataDir string) ([]int, error) {
 	return pids, nil
 }
 
+// awaitReaped waits until a postmaster that was killed is no process any more. One that is dying, or whose parent has
+// not asked for its status yet, holds nothing, but a new server would take its number for that of a living one.
+func awaitReaped(ctx context.Context, dataDir string, grace time.Duration) error {
+	pm, running, err := Running(dataDir)
+	if err != nil || running || pm.PID == 0 {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	ticker := time.NewTicker(2 * time.Millisecond) // nothing tells when a process is reaped
+	defer ticker.Stop()
+	for {
+		comm, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pm.PID), "comm"))
+		if gone(err) || err == nil && strings.TrimSpace(string(comm)) != "postgres" {
+			return nil
+		}
+		if here, err := livesIn(pm.PID, dataDir); err != nil || here {
+			return err
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil // the server will say what it thinks of it
+		}
+	}
+}
+
 // endOrphans waits until the backends of a postmaster that died are gone. They notice by themselves, except those
 // that wait for a client that does not read; after grace these are killed, which is safe, as the server has to go
 // through crash recovery anyway, and necessary, as no new server starts beside them.

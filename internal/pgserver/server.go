@@ -278,6 +278,9 @@ func (s *Server) start(ctx context.Context) error {
 		if err := endOrphans(ctx, s.cfg.DataDir, 5*time.Second); err != nil {
 			return err
 		}
+		if err := awaitReaped(ctx, s.cfg.DataDir, 5*time.Second); err != nil {
+			return err
+		}
 		if logEnd, err = s.spawn(fingerprint); err != nil {
 			return fmt.Errorf("start PostgreSQL: %w", err)
 		}

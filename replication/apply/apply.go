@@ -18,11 +18,10 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// ErrServerRestarted: PostgreSQL crashed or was restarted, and it cannot be told from here whether it still has
-// everything that had become visible, since commits are asynchronous; or Config.Start is not where the server is.
-// Nothing is wrong with the node: determine the applied CSN as after a crash of the sidecar, and start a new Pipeline
-// there.
-var ErrServerRestarted = errors.New("server restarted, its applied position must be determined anew")
+// ErrServerLost: PostgreSQL is away, or it crashed or was restarted, and since commits are asynchronous it may have lost
+// what had become visible; or Config.Start is not where the server is. Nothing is wrong with the node: determine the
+// applied CSN as after a crash of the sidecar, and start a new Pipeline there.
+var ErrServerLost = errors.New("server stopped or restarted, its applied position must be determined anew")
 
 // Item is one transaction that the certifier lets commit. The Pipeline keeps references to all of it until it is
 // visible.
@@ -47,7 +46,7 @@ type Local interface {
 	Finished() <-chan struct{}
 	// Committed reports, after Finished, that the server confirmed the COMMIT. False: lost, failed or not known.
 	Committed() bool
-	// PID is the session's server process.
+	// PID is the session's server process; 0 if that is of an earlier life of the server or the node.
 	PID() uint32
 	// Visible tells that the session's transaction, which did not report Committed, is visible: it was applied from the
 	// log, or the server turned out to have committed it.
@@ -70,6 +69,8 @@ type Config struct {
 
 	// Start: everything up to this CSN is committed here already.
 	Start txn.CSN
+	// Life is the life of the server in which Start was read, as ServerLife told it. Empty: that of the first session.
+	Life string
 	// Database is the name of the database, for log records.
 	Database string
 	// Workers is how many transactions are executed at once, each on a connection and with a replication origin
@@ -95,9 +96,12 @@ type Config struct {
 	// TerminateAfter is how long a blocker that is no session of the gateway has, once its statement was cancelled,
 	// before its server process is terminated. Sessions of the gateway get ten times as long. Default 1 s.
 	TerminateAfter time.Duration
-	// RetryFor bounds how long an entry whose turn it is may keep failing for lack of resources (disk, memory).
-	// Default 30 s.
+	// RetryFor bounds how long an entry whose turn it is may keep failing for lack of resources (disk, memory), and how
+	// long a worker may fail to connect. Default 30 s.
 	RetryFor time.Duration
+	// FlushEvery is how often what is visible is made durable, if it has moved: how much there is to do again after a
+	// crash. Default 1 s.
+	FlushEvery time.Duration
 
 	Logger     *slog.Logger          // nil: discarded
 	Registerer prometheus.Registerer // nil: metrics are not exported
@@ -116,6 +120,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.BlockedAfter, 5*time.Millisecond)
 	setDefault(&c.TerminateAfter, time.Second)
 	setDefault(&c.RetryFor, 30*time.Second)
+	setDefault(&c.FlushEvery, time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

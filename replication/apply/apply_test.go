@@ -587,7 +587,8 @@ func TestKilledWorkers(t *testing.T) {
 	}
 }
 
-// TestRestart restarts the server in the middle of remote transactions: nothing is lost by a clean stop.
+// TestRestart restarts the server in the middle of remote transactions: the Pipeline says so, and the next one goes on
+// from the progress.
 func TestRestart(t *testing.T) {
 	c := newCluster(t, 18, "CREATE TABLE seq (n int PRIMARY KEY)")
 	var transactions []string
@@ -596,25 +597,39 @@ func TestRestart(t *testing.T) {
 	}
 	items := c.run(transactions...)
 	want := c.text(c.src, "SELECT count(*), sum(n) FROM seq")
-	cfg := c.config()
-	cfg.GroupItems = 2
-	p := start(t, cfg)
-	p.enqueue(items[:100]...)
-	done := make(chan error, 1)
-	go func() { done <- c.server.Restart(context.Background()) }()
+	p := start(t, c.config())
+	p.apply(items[:100])
 	p.enqueue(items[100:200]...)
-	if err := <-done; err != nil {
+	if err := c.server.Restart(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	p.enqueue(items[200:]...)
-	p.await(300)
-	if got := c.text(c.connect("dst"), "SELECT count(*), sum(n) FROM seq"); got != want {
+	if err := p.failure(); !errors.Is(err, ErrServerLost) {
+		t.Fatalf("got %v", err)
+	}
+	conn := c.connect("dst")
+	if err := p.Verify(t.Context(), conn.PgConn()); !errors.Is(err, ErrServerLost) {
+		t.Errorf("a connection to the restarted server: %v", err)
+	}
+	cfg := c.config()
+	var err error
+	if cfg.Start, err = Progress(t.Context(), conn.PgConn()); err != nil {
+		t.Fatal(err)
+	}
+	if cfg.Life, err = ServerLife(t.Context(), conn.PgConn()); err != nil {
+		t.Fatal(err)
+	}
+	again := start(t, cfg)
+	again.apply(items)
+	if got := c.text(conn, "SELECT count(*), sum(n) FROM seq"); got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+	if err := again.Verify(t.Context(), conn.PgConn()); err != nil {
+		t.Errorf("a connection to the same server: %v", err)
 	}
 }
 
-// TestCrash kills the server so that asynchronous commits are lost. Either none that was visible is, or the Pipeline
-// says that recovery is needed; from the progress on everything applies again exactly once.
+// TestCrash kills the server so that asynchronous commits are lost, but none of those that were flushed, be it a
+// worker's or a session's. From the progress on everything applies again exactly once.
 func TestCrash(t *testing.T) {
 	c := newCluster(t, 18, "CREATE TABLE seq (n int PRIMARY KEY)")
 	c.exec(c.dst, "ALTER SYSTEM SET wal_writer_delay = '10s'")
@@ -625,28 +640,53 @@ func TestCrash(t *testing.T) {
 		transactions = append(transactions, fmt.Sprintf("INSERT INTO seq VALUES (%d)", n))
 	}
 	items := c.run(transactions...)
-	p := start(t, c.config())
-	p.apply(items[:150])
+	cfg := c.config()
+	cfg.FlushEvery = time.Hour
+	p := start(t, cfg)
+	p.apply(items[:99])
+	own, session := c.hold(items[99], "INSERT INTO seq VALUES (100)")
+	p.apply([]Item{own})
+	if err := p.Flush(t.Context(), 100); err != nil || p.Durable() != 100 || !session.Committed() {
+		t.Fatalf("flush: %v, durable %d, session committed %v", err, p.Durable(), session.Committed())
+	}
+	p.apply(items[100:150])
 	// The crash of one process takes the shared memory of all with it.
 	killOneBackend(t, c)
 	err := p.failure()
-	if !errors.Is(err, ErrServerRestarted) {
+	if !errors.Is(err, ErrServerLost) {
 		t.Fatalf("got %v", err)
 	}
 	conn := c.reconnect("dst")
+	if err := p.Flush(t.Context(), 150); !errors.Is(err, ErrServerLost) || p.Durable() != 100 {
+		t.Errorf("flush of what the crash took: %v, durable %d", err, p.Durable())
+	}
 	progress, err := Progress(t.Context(), conn.PgConn())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := c.text(conn, "SELECT count(*) FROM seq"); got != fmt.Sprint(progress) || progress >= 150 {
-		t.Errorf("%s rows at progress %d, of 150: nothing was lost, or more than the progress says", got, progress)
+	if got := c.text(conn, "SELECT count(*) FROM seq"); got != fmt.Sprint(progress) || progress < 100 || progress >= 150 {
+		t.Errorf("%s rows at progress %d, of 150 and 100 flushed", got, progress)
 	}
-	cfg := c.config()
 	cfg.Start = progress
 	again := start(t, cfg)
 	again.apply(items)
 	if got := c.text(conn, "SELECT count(*), sum(n) FROM seq"); got != "200|20100" {
 		t.Errorf("got %s", got)
+	}
+}
+
+// TestDurableByItself: what is visible becomes durable after a while.
+func TestDurableByItself(t *testing.T) {
+	c := newCluster(t, 18, "CREATE TABLE seq (n int PRIMARY KEY)")
+	items := c.run("INSERT INTO seq VALUES (1)", "INSERT INTO seq VALUES (2)")
+	cfg := c.config()
+	cfg.FlushEvery = 10 * time.Millisecond
+	p := start(t, cfg)
+	p.apply(items)
+	for deadline := time.Now().Add(10 * time.Second); p.Durable() < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("durable %d", p.Durable())
+		}
 	}
 }
 

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strconv"
 	"time"
 
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
 )
 
 // finishLocals waits for released local transactions, one at a time because only the head is released, and books
@@ -34,16 +36,20 @@ func (p *Pipeline) finishLocals(ctx context.Context) error {
 		}
 		if finished(e.local) && e.local.Committed() {
 			p.metrics.published(time.Since(start))
-			p.visible(e, false)
+			p.visible(e)
 			continue
 		}
-		p.log.Warn("a local transaction did not confirm its COMMIT", logkey.CSN, uint64(e.last), logkey.PID, e.local.PID(), logkey.XID, uint64(e.items[0].Set.XID))
+		level := slog.LevelWarn
+		if e.local.PID() == 0 { // of an earlier life of the node: there may be many, and nothing is wrong
+			level = slog.LevelDebug
+		}
+		p.log.Log(ctx, level, "a local transaction did not confirm its COMMIT", logkey.CSN, uint64(e.last), logkey.PID, e.local.PID(), logkey.XID, uint64(e.items[0].Set.XID))
 		committed, err := w.settle(ctx, e)
 		if err != nil {
 			return err
 		}
 		if committed {
-			p.visible(e, false)
+			p.visible(e)
 			e.local.Visible(e.last) // its session has not seen that it did commit
 			continue
 		}
@@ -98,7 +104,7 @@ WHERE pid = $1::int AND backend_xid = ($2::text::xid8)::xid`, pid, xid)
 				return false, fmt.Errorf("terminate the session of local transaction %d: %w", e.last, err)
 			}
 		default:
-			return false, fmt.Errorf("local transaction %d: the server no longer knows transaction id %s: %w", e.last, xid, ErrServerRestarted)
+			return false, fmt.Errorf("local transaction %d: the server no longer knows what became of transaction id %s: %w", e.last, xid, txn.ErrDiverged)
 		}
 		if err := pause(ctx, wait); err != nil {
 			return false, err

@@ -55,7 +55,8 @@ func newMetrics(r prometheus.Registerer, p *Pipeline) *metrics {
 		gauge("quorate_apply_queue_transactions", "Transactions that are decided but not visible.", func() float64 { n, _, _ := p.lag(); return float64(n) }),
 		gauge("quorate_apply_queue_bytes", "Memory of the write sets of those.", func() float64 { _, n, _ := p.lag(); return float64(n) }),
 		gauge("quorate_apply_lag_seconds", "How long the next transaction has been waiting to become visible.", func() float64 { _, _, d := p.lag(); return d.Seconds() }),
-		gauge("quorate_apply_applied_csn", "CSN up to which everything is visible.", func() float64 { return float64(p.Applied()) }))
+		gauge("quorate_apply_applied_csn", "CSN up to which everything is visible.", func() float64 { return float64(p.Applied()) }),
+		gauge("quorate_apply_durable_csn", "CSN up to which everything is on disk: the log is never truncated past it.", func() float64 { return float64(p.Durable()) }))
 	return m
 }
 

@@ -63,6 +63,7 @@ type Pipeline struct {
 
 	applied      atomic.Uint64 // CSN
 	appliedIndex atomic.Uint64
+	durable      atomic.Uint64 // CSN
 	inFlight     atomic.Uint64 // last CSN of the entry whose COMMIT is on its way; 0: none
 	truncated    atomic.Uint64 // the era in which the other one's progress table was truncated
 	generation   atomic.Uint64 // raised when DDL became visible: statements and relations are looked up anew
@@ -77,11 +78,12 @@ type Pipeline struct {
 	items     int
 	bytes     int
 	space     chan struct{} // closed when something was taken out of a full queue; nil if nobody waits
-	// suspended: the server may have restarted. Nothing is committed until that is known; see verify.
+	// suspended: the server may have restarted. Nothing is committed until that is known.
 	suspended bool
-	epoch     string // identifies one run of the server's shared memory
-	fromLog   bool   // what became visible last was committed by a worker, which the progress proves
+	life      string // of the server; set once
 	failure   error
+
+	flushing sync.Mutex // held while a flush is under way
 
 	waiters waiters
 	locals  chan *entry // released local transactions, to be waited for
@@ -98,11 +100,13 @@ func New(c Config) *Pipeline {
 		cfg: c, log: c.Logger.With(logkey.Component, "apply", logkey.Database, c.Database),
 		keys: map[txn.Key]keyUses{}, enqueued: c.Start,
 		suspended: true,
+		life:      c.Life,
 		locals:    make(chan *entry, 1), // only the head is released
 		busy:      make(chan struct{}, 1),
 		stopped:   make(chan struct{}),
 	}
 	p.applied.Store(uint64(c.Start))
+	p.durable.Store(uint64(c.Start))
 	p.metrics = newMetrics(c.Registerer, p)
 	for n := range c.Workers + 1 {
 		p.workers = append(p.workers, newWorker(p, n))
@@ -111,8 +115,8 @@ func New(c Config) *Pipeline {
 }
 
 // Run applies until ctx ends, which returns nil, or until an entry cannot be applied exactly, which is never skipped:
-// the error then wraps txn.ErrDiverged, ErrServerRestarted or what kept PostgreSQL or the log from working. An
-// unreachable server is waited for. Local transactions that were not released stay open. Run once.
+// the error then wraps txn.ErrDiverged, ErrServerLost or what kept PostgreSQL or the log from working. Local
+// transactions that were not released stay open. Run once.
 func (p *Pipeline) Run(ctx context.Context) error {
 	group, inner := errgroup.WithContext(ctx)
 	for _, w := range p.workers[1:] {
@@ -120,6 +124,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	}
 	group.Go(func() error { return p.finishLocals(inner) })
 	group.Go(func() error { return p.watchServer(inner) })
+	group.Go(func() error { return p.keepDurable(inner) })
 	group.Go(func() error { return p.breakBlockades(inner) })
 	err := group.Wait()
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
@@ -330,8 +335,8 @@ func (p *Pipeline) advance() (r release) {
 	return r
 }
 
-// visible books the head, which has committed, and sends the next one on its way. fromLog: a worker committed it.
-func (p *Pipeline) visible(e *entry, fromLog bool) {
+// visible books the head, which has committed, and sends the next one on its way.
+func (p *Pipeline) visible(e *entry) {
 	if e.barrier {
 		p.generation.Add(1)
 		if p.cfg.Changed != nil {
@@ -342,7 +347,6 @@ func (p *Pipeline) visible(e *entry, fromLog bool) {
 	head, ok := p.queue.first()
 	invariant.Check(ok && head == e && e.state == stateCommitting, "apply: transaction %d became visible out of turn", e.last)
 	p.queue.pop()
-	p.fromLog = fromLog
 	p.applied.Store(uint64(e.last))
 	if index := uint64(max(e.done, e.index-1)); index > p.appliedIndex.Load() {
 		p.appliedIndex.Store(index)

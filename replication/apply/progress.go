@@ -2,11 +2,15 @@ package apply
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/invariant"
+	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -16,6 +20,9 @@ import (
 // A replication origin's remote_lsn, made for this, does not serve: the server moves it also when a transaction
 // aborts (RecordTransactionAbort), so a worker that dies while it holds its COMMIT would count as having committed.
 // One row for each worker, updated in place, would grow an ever longer chain of versions under an old snapshot.
+//
+// To the same end the CSN up to which everything is visible is inserted from time to time, in a transaction whose commit
+// is flushed, and with it all earlier ones: also the node's own, which write no progress. See Pipeline.Flush.
 //
 // The tables take turns, an era of CSNs each. In the middle of an era the other table holds only what is superseded
 // and is truncated.
@@ -53,10 +60,9 @@ func prepareProgress(ctx context.Context, c *pgconn.PgConn) error {
 	return exec(ctx, c, createProgress)
 }
 
-// Progress returns the highest CSN that a transaction applied from the log has in this database, after a crash of
-// PostgreSQL, the sidecar or both: of the transactions that this node applies from the log, those up to it are
-// committed and later ones are not. What became of the node's own, only pg_xact_status knows. It first ends what is
-// left of apply sessions of an earlier life, which might commit yet. conn is a superuser's, in the database that is
+// Progress returns how far this database is after a crash of PostgreSQL, the sidecar or both: everything up to there is
+// committed, and of what follows nothing that this node applies from the log; what became of the node's own, only
+// pg_xact_status knows. It first ends what is left of apply sessions of an earlier life, which might commit yet. conn is a superuser's, in the database that is
 // applied to.
 func Progress(ctx context.Context, conn *pgconn.PgConn) (txn.CSN, error) {
 	if err := endSessions(ctx, conn, sessionPrefix+"%"); err != nil {
@@ -97,4 +103,66 @@ func (p *Pipeline) dueForTruncation(csn txn.CSN) bool {
 func (s *session) truncateProgress(csn txn.CSN) error {
 	other := progressTables[(era(csn)+1)%2]
 	return s.simple("BEGIN; SET LOCAL lock_timeout = '20ms'; TRUNCATE " + other + "; COMMIT")
+}
+
+// Durable returns the CSN up to which everything is known to be on disk: a crash does not take it back.
+func (p *Pipeline) Durable() txn.CSN { return txn.CSN(p.durable.Load()) }
+
+// Flush returns when everything up to csn is visible and on disk, and Progress will say so. It is what must happen
+// before the log may forget these transactions, because commits are asynchronous.
+func (p *Pipeline) Flush(ctx context.Context, csn txn.CSN) error {
+	if err := p.WaitFor(ctx, csn); err != nil {
+		return fmt.Errorf("flush up to transaction %d: %w", csn, err)
+	}
+	p.flushing.Lock()
+	defer p.flushing.Unlock()
+	if p.Durable() >= csn {
+		return nil
+	}
+	if err := p.flush(ctx, p.Applied()); err != nil {
+		return fmt.Errorf("flush up to transaction %d: %w", csn, err)
+	}
+	invariant.Check(p.Durable() >= csn, "apply: flushed up to %d, not %d", p.Durable(), csn)
+	return nil
+}
+
+// flush makes everything up to csn, which is visible, durable. Requires flushing.
+func (p *Pipeline) flush(ctx context.Context, csn txn.CSN) error {
+	c, err := p.connect(ctx)
+	if err != nil {
+		return err
+	}
+	// The record of this commit follows those of the others in the WAL, so flushing it flushes them.
+	err = exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+"flush'; SET synchronous_commit = on")
+	if err == nil {
+		err = prepareProgress(ctx, c)
+	}
+	if err == nil {
+		_, err = query(ctx, c, insertProgress[era(csn)%2], strconv.FormatUint(uint64(csn), 10))
+	}
+	if err = errors.Join(err, c.Close(context.WithoutCancel(ctx))); err != nil {
+		return err
+	}
+	p.durable.Store(uint64(csn))
+	return nil
+}
+
+// keepDurable bounds what has to be done again, or asked about, after a crash.
+func (p *Pipeline) keepDurable(ctx context.Context) error {
+	ticker := time.NewTicker(p.cfg.FlushEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		err := p.Flush(ctx, p.Applied())
+		if errors.Is(err, ErrServerLost) {
+			return err
+		}
+		if err != nil && ctx.Err() == nil {
+			p.log.Warn("cannot make durable what is visible", logkey.CSN, uint64(p.Applied()), logkey.Error, err)
+		}
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -13,57 +14,59 @@ import (
 
 // identify tells one life of the server's shared memory from the next, by its checkpointer: that is replaced only
 // when all server processes are, after a restart of the server or the crash of any one process. In either case the
-// asynchronous commits that were not on disk are gone. Beside it stands the workers' progress.
-const identify = `SELECT (SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'), ` + highestProgress
+// asynchronous commits that were not on disk are gone. In the first moments of a life it is not there yet.
+const identify = `SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'`
 
-// verify is called for every new session before it is used. If the server has lost its memory since the last one, it
-// decides whether everything that was visible still is. Commits are in WAL order, so only the latest matters: if a
-// worker made it, the progress tells. A local one's xid may have been given out again by now, so then, and
-// while local transactions are queued, the answer has to come from where the recovery after a crash gets it.
-func (p *Pipeline) verify(s *session) error {
-	rows, err := s.query(identify)
-	if err != nil {
-		return fmt.Errorf("identify server: %w", err)
+// ServerLife tells one life of a server's shared memory from the next: it changes when the server is restarted, or any
+// of its processes crashes. Whatever was not on disk then is gone.
+func ServerLife(ctx context.Context, conn *pgconn.PgConn) (string, error) {
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		results, err := conn.Exec(ctx, identify).ReadAll() // the simple protocol is all that a walsender speaks
+		if err != nil {
+			return "", fmt.Errorf("identify server: %w", err)
+		}
+		if rows := results[0].Rows; len(rows) == 1 {
+			return string(rows[0][0]), nil
+		}
+		if err := pause(ctx, wait); err != nil {
+			return "", fmt.Errorf("identify server: %w", err)
+		}
 	}
-	progress, err := parseProgress(rows)
+}
+
+// connect opens a connection to the server, which must be in the life of it that the Pipeline began in: how much of what
+// was visible is still there in a later one has to be found out as after a crash.
+func (p *Pipeline) connect(ctx context.Context) (*pgconn.PgConn, error) {
+	c, err := p.cfg.Connect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	if err := p.Verify(ctx, c); err != nil {
+		_ = c.Close(ctx)
+		return nil, err
+	}
+	return c, nil
+}
+
+// Verify returns an error wrapping ErrServerLost if conn leads to another life of the server than the Pipeline's.
+func (p *Pipeline) Verify(ctx context.Context, conn *pgconn.PgConn) error {
+	life, err := ServerLife(ctx, conn)
 	if err != nil {
 		return err
 	}
-	s.epoch = rows[0][0]
-
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.epoch == "" {
-		if progress > p.cfg.Start {
-			return fmt.Errorf("start after transaction %d, but %d is applied: %w", p.cfg.Start, progress, ErrServerRestarted)
-		}
-		p.epoch = s.epoch
+	if p.life == "" {
+		p.life = life
 	}
-	if p.epoch == s.epoch {
-		return nil
+	if p.life != life {
+		return fmt.Errorf("transaction %d may be lost: %w", p.Applied(), ErrServerLost)
 	}
-	applied := p.Applied()
-	if applied != p.cfg.Start && !(p.fromLog && progress >= applied) {
-		return fmt.Errorf("transaction %d may be lost: %w", applied, ErrServerRestarted)
-	}
-	for i := range p.queue.len() {
-		if e := p.queue.at(i); e.local != nil {
-			return fmt.Errorf("local transaction %d may have committed: %w", e.last, ErrServerRestarted)
-		}
-	}
-	p.log.Info("the server restarted and has lost nothing that was visible", logkey.CSN, uint64(applied))
-	p.epoch = s.epoch
 	return nil
 }
 
-func (p *Pipeline) isCurrent(epoch string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.epoch == epoch
-}
-
 // watchServer holds a connection only to notice at once that it ends. Workers may all be idle when the server crashes;
-// a local transaction of its next life must not become visible before verify has looked.
+// a local transaction of its next life must not become visible.
 func (p *Pipeline) watchServer(ctx context.Context) error {
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		held, err := p.holdConnection(ctx)
@@ -73,8 +76,11 @@ func (p *Pipeline) watchServer(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if errors.Is(err, ErrServerRestarted) {
+		if errors.Is(err, ErrServerLost) {
 			return err
+		}
+		if away(err) {
+			return fmt.Errorf("%w: %w", ErrServerLost, err)
 		}
 		if held {
 			wait = 10 * time.Millisecond
@@ -86,20 +92,24 @@ func (p *Pipeline) watchServer(ctx context.Context) error {
 	}
 }
 
+// away reports whether a failure to connect means that there is no server, or one that is starting or stopping: not
+// that it has too many clients, say.
+func away(err error) bool {
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) {
+		return refused.Code == "57P03"
+	}
+	var dial *net.OpError
+	return errors.As(err, &dial) && dial.Op == "dial"
+}
+
 // holdConnection connects, verifies, lets commits go on and returns when the connection has ended.
 func (p *Pipeline) holdConnection(ctx context.Context) (held bool, err error) {
-	c, err := p.cfg.Connect(ctx)
-	if err != nil {
-		return false, fmt.Errorf("connect: %w", err)
-	}
-	s, err := watchingSession(ctx, c)
+	s, err := p.namedSession(ctx, "watch")
 	if err != nil {
 		return false, err
 	}
 	defer s.close()
-	if err := p.verify(s); err != nil {
-		return false, err
-	}
 	p.mu.Lock()
 	p.suspended = false
 	r := p.advance()
@@ -112,8 +122,13 @@ func (p *Pipeline) holdConnection(ctx context.Context) (held bool, err error) {
 	}
 }
 
-func watchingSession(ctx context.Context, c *pgconn.PgConn) (*session, error) {
-	err := exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+"watch'")
+// namedSession opens a session without an origin.
+func (p *Pipeline) namedSession(ctx context.Context, name string) (*session, error) {
+	c, err := p.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+name+"'")
 	if err == nil {
 		err = prepareProgress(ctx, c)
 	}

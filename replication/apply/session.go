@@ -51,7 +51,6 @@ type session struct {
 	conn  net.Conn
 	front *pgproto3.Frontend // for reading
 	pid   uint32
-	epoch string
 	stop  func() bool
 
 	out      []byte
@@ -83,7 +82,7 @@ type expectation struct {
 func openSession(ctx context.Context, connect func(context.Context) (*pgconn.PgConn, error), n, statements int, since *atomic.Int64) (*session, error) {
 	c, err := connect(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("connect: %w", err)
+		return nil, err
 	}
 	origin := sessionPrefix + strconv.Itoa(n)
 	if err := takeOrigin(ctx, c, origin); err != nil {

@@ -52,26 +52,26 @@ func (w *worker) loop(ctx context.Context) error {
 	}
 }
 
-// connect opens the session, however long the server is away.
+// connect opens the session. Most failures mean that the server is away, which watchServer finds out at once.
 func (w *worker) connect(ctx context.Context) error {
+	begin := time.Now()
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		s, err := openSession(ctx, w.p.cfg.Connect, w.number, w.p.cfg.Statements, &w.since)
+		s, err := openSession(ctx, w.p.connect, w.number, w.p.cfg.Statements, &w.since)
 		if err == nil {
-			err = w.p.verify(s)
-			if err == nil {
-				s.generation = w.p.generation.Load()
-				w.p.mu.Lock()
-				w.session = s
-				w.p.mu.Unlock()
-				return nil
-			}
-			s.close()
-			if errors.Is(err, ErrServerRestarted) {
-				return err
-			}
+			s.generation = w.p.generation.Load()
+			w.p.mu.Lock()
+			w.session = s
+			w.p.mu.Unlock()
+			return nil
+		}
+		if errors.Is(err, ErrServerLost) {
+			return err
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if time.Since(begin) > w.p.cfg.RetryFor {
+			return fmt.Errorf("apply worker cannot reach PostgreSQL for %v: %w", w.p.cfg.RetryFor, err)
 		}
 		w.p.log.Warn("apply worker cannot reach PostgreSQL, retrying", logkey.Error, err)
 		if err := pause(ctx, wait); err != nil {
@@ -288,11 +288,8 @@ func (w *worker) commit(ctx context.Context, e *entry) error {
 	if !committed {
 		return errEvicted
 	}
-	if !w.p.isCurrent(w.session.epoch) {
-		return w.fate(ctx, e, fmt.Errorf("%w: the server restarted", errConnection))
-	}
 	w.p.metrics.published(time.Since(start))
-	w.p.visible(e, true)
+	w.p.visible(e)
 	if w.p.dueForTruncation(e.last) {
 		if err := w.session.truncateProgress(e.last); err != nil {
 			w.p.log.Info("progress table is not truncated now", logkey.Error, err)
@@ -333,7 +330,7 @@ func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 			return err
 		}
 		if progress >= e.last {
-			w.p.visible(e, true)
+			w.p.visible(e)
 			return nil
 		}
 		w.p.log.Warn("a COMMIT was lost, applying again", logkey.CSN, uint64(e.last), logkey.Error, cause)

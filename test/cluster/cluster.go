@@ -185,15 +185,29 @@ func (c *Cluster) KillNode(ctx context.Context, i int) error {
 
 // RunNode starts node i by itself, with "quorate run", and returns when its gateway lets a write through.
 func (c *Cluster) RunNode(ctx context.Context, i int) error {
-	if err := c.ensureFenceTable(ctx); err != nil {
-		return fmt.Errorf("run node %d: %w", i, err)
+	if err := c.StartNode(i); err != nil {
+		return err
 	}
+	return c.AwaitNode(ctx, i)
+}
+
+// StartNode starts node i by itself and returns at once.
+func (c *Cluster) StartNode(i int) error {
 	log := filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i))
 	p, err := startProcess(log, c.options.Binary, "run", "--config", filepath.Join(c.NodeDir(i), "quorate.yaml"))
 	if err != nil {
 		return fmt.Errorf("run node %d: %w", i, err)
 	}
 	c.singles[i] = p
+	return nil
+}
+
+// AwaitNode returns when the gateway of a node that StartNode has started lets a write through.
+func (c *Cluster) AwaitNode(ctx context.Context, i int) error {
+	if err := c.ensureFenceTable(ctx); err != nil {
+		return fmt.Errorf("run node %d: %w", i, err)
+	}
+	p := c.singles[i]
 	return poll(ctx, func() error {
 		select {
 		case <-p.done:

@@ -72,6 +72,7 @@ type Coordinator struct {
 
 	mu       sync.Mutex
 	closed   bool
+	detached bool
 	sequence uint64
 	open     map[txn.GID]*Transaction // registered and not finished
 	queue    []*Transaction           // complete write sets that wait for a proposal; bounded by the open sessions
@@ -115,6 +116,20 @@ func (c *Coordinator) shut() {
 	c.due.Signal()
 }
 
+// Detach says that the local server is gone and nobody will Release anything any more. From here on the log's word is
+// the last: sessions whose transactions it lets commit, now or later, are told StepVisible at once. No commit begins.
+func (c *Coordinator) Detach() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.detached = true
+	for _, t := range c.open {
+		if t.state == decided || t.state == released {
+			c.finish(t)
+			t.send(txn.Event{Step: txn.StepVisible, CSN: t.csn})
+		}
+	}
+}
+
 // Applied is the CSN up to which everything is visible here: a transaction's base.
 func (c *Coordinator) Applied() txn.CSN { return c.cfg.Visibility.Applied() }
 
@@ -127,7 +142,7 @@ func (c *Coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (*Tra
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	if c.closed || c.detached {
 		return nil, fmt.Errorf("begin commit: %w", txn.ErrClosed)
 	}
 	c.sequence++
@@ -350,6 +365,11 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 		t.state, t.csn = decided, v.CSN
 		t.set = nil
 		c.waiting++
+		if c.detached {
+			c.finish(t)
+			t.send(txn.Event{Step: txn.StepVisible, CSN: t.csn})
+			return nil
+		}
 		return t
 	}
 	t.state = finished

@@ -303,6 +303,46 @@ func TestLost(t *testing.T) {
 	})
 }
 
+// When the server is gone, the log's word is enough, whether it was said before or comes later.
+func TestDetach(t *testing.T) {
+	run(t, func(b bench) {
+		waiting, released, later, conflicting, early := b.begin(), b.begin(), b.begin(), b.begin(), b.begin()
+		for _, tx := range []*Transaction{waiting, released, later, conflicting} {
+			b.mark(tx)
+			(<-b.order.proposals).answer <- nil
+		}
+		b.Decided(released.GID(), txn.Verdict{CSN: 13}).Release()
+		b.want(released, txn.StepRelease)
+		b.Decided(waiting.GID(), txn.Verdict{CSN: 14})
+		b.Detach()
+		for _, tx := range []*Transaction{released, waiting} {
+			tx.Lost()
+			b.want(tx, txn.StepVisible)
+			tx.Close()
+		}
+		if held := b.Decided(later.GID(), txn.Verdict{CSN: 15}); held != nil {
+			b.Error("held, and nobody is there to release it")
+		}
+		if e := b.want(later, txn.StepVisible); e.CSN != 15 {
+			b.Errorf("visible as %d", e.CSN)
+		}
+		later.Close()
+		b.Decided(conflicting.GID(), txn.Verdict{Reason: txn.AbortConflict, With: 15})
+		b.want(conflicting, txn.StepAbort)
+		early.Lost()
+		b.want(early, txn.StepAbort)
+		if _, err := b.Begin(b.Context(), 1, 1); !errors.Is(err, txn.ErrClosed) {
+			b.Errorf("Begin after Detach: %v", err)
+		}
+		b.forget(waiting.GID(), released.GID(), later.GID(), conflicting.GID(), early.GID())
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.waiting != 0 {
+			b.Errorf("%d are waiting", b.waiting)
+		}
+	})
+}
+
 func TestNoQuorumUndoes(t *testing.T) {
 	run(t, func(b bench) {
 		tx := b.begin()

@@ -1,0 +1,106 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// evict asks the gateway to abort the transaction of one of its sessions.
+func (n *Node) evict(pid uint32, by txn.CSN) bool {
+	g := n.gateway.Load()
+	return g != nil && g.Evict(pid, by)
+}
+
+// part reads a chunk of a large transaction from the log.
+func (n *Node) part(index txn.LogIndex) ([]byte, error) {
+	data, err := n.consensus.Load().Entry(index)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := codec.Decode(data)
+	if err != nil {
+		return nil, err
+	}
+	if entry.Kind != codec.KindChunk {
+		return nil, fmt.Errorf("log entry %d is no chunk but %s: %w", index, entry.Kind, txn.ErrCorrupt)
+	}
+	return entry.Chunk.Data, nil
+}
+
+// openIncarnation begins the first incarnation. Unlike a later one it is not waited for: what keeps it from beginning
+// is most likely a mistake that somebody who is just starting the node wants to hear of.
+func (n *Node) openIncarnation(ctx context.Context) error {
+	i, err := n.begin(ctx)
+	if err != nil {
+		return err
+	}
+	n.current.Store(i)
+	n.onClose(func(context.Context) error {
+		if n.lived != nil {
+			return nil // whoever accompanied it has ended it
+		}
+		return i.end()
+	})
+	return nil
+}
+
+// accompanyAll begins to look after incarnations. The last one ends before consensus does, which may be waiting for it.
+func (n *Node) accompanyAll(context.Context) error {
+	n.lived = make(chan struct{})
+	go func() {
+		defer close(n.lived)
+		n.live(n.fenced, n.current.Load())
+	}()
+	n.onClose(func(context.Context) error {
+		n.fence(errClosed)
+		<-n.lived
+		return nil
+	})
+	return nil
+}
+
+func (n *Node) openConsensus(context.Context) error {
+	var members []consensus.Member
+	for _, m := range n.cfg.Members {
+		members = append(members, consensus.Member{Node: m.ID, RaftAddress: m.Raft, GRPCAddress: m.GRPC})
+	}
+	c, err := consensus.Open(consensus.Config{
+		Node:        n.cfg.Node,
+		Dir:         filepath.Join(n.cfg.DataDir, "raft"),
+		RaftAddress: n.cfg.Listen.Raft,
+		Bootstrap:   members,
+		Logger:      n.log.With(logkey.Component, "consensus"),
+		Registerer:  n.metrics,
+	}, machine{n.current.Load()})
+	if err != nil {
+		return err
+	}
+	n.consensus.Store(c)
+	n.onClose(func(context.Context) error { return c.Close() })
+	c.Register(n.grpc)
+	n.group.Go(func() error {
+		select {
+		case <-c.Failed():
+			n.consensusFailed(c.Err())
+		case <-n.ctx.Done():
+		}
+		return nil
+	})
+	return nil
+}
+
+// consensusFailed ends the process where a new start is all that is needed. Otherwise the node is fenced.
+func (n *Node) consensusFailed(err error) {
+	if err = fmt.Errorf("consensus: %w", err); errors.Is(err, consensus.ErrTransferStuck) {
+		n.fail(err)
+		return
+	}
+	n.fence(err)
+}

@@ -1,0 +1,102 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/replication/apply"
+)
+
+// live accompanies incarnations, the first and those that follow it, until ctx ends or one has ended for good. Then
+// the node is fenced, but it still votes, stores the log and answers those who ask how it is.
+func (n *Node) live(ctx context.Context, i *incarnation) {
+	var waits patience
+	for {
+		began := time.Now()
+		cause := n.accompany(ctx, i)
+		waits.lasted(time.Since(began))
+		if ctx.Err() != nil {
+			cause = context.Cause(ctx)
+		}
+		switch {
+		case errors.Is(cause, errClosed):
+		case ctx.Err() != nil, hopeless(cause):
+			n.states.set(stateFailed, cause.Error())
+		default:
+			n.states.set(stateRecovering, reasonOf(cause))
+		}
+		if err := i.end(); err != nil {
+			n.log.Warn("end of what worked with PostgreSQL", logkey.Error, err)
+		}
+		if ctx.Err() != nil || hopeless(cause) {
+			return
+		}
+		var err error
+		if i, err = n.reopen(ctx, &waits); err != nil {
+			if !errors.Is(err, errClosed) {
+				n.states.set(stateFailed, err.Error())
+			}
+			return
+		}
+	}
+}
+
+// accompany makes the node active when the incarnation has caught up, and returns why it has ended.
+func (n *Node) accompany(ctx context.Context, i *incarnation) error {
+	defer context.AfterFunc(ctx, func() { i.fail(context.Cause(ctx)) })()
+	n.states.set(stateCatchingUp, "the node is catching up with the cluster")
+	began := time.Now()
+	err := i.catchUp(i.ctx)
+	if err == nil {
+		n.states.set(stateActive, "")
+		n.log.Info("the node accepts writes", logkey.CSN, i.pipeline.Applied(), logkey.Duration, time.Since(began))
+		<-i.ctx.Done()
+	} else if i.ctx.Err() == nil {
+		i.fail(fmt.Errorf("catch up: %w", err))
+	}
+	return context.Cause(i.ctx)
+}
+
+// reopen takes PostgreSQL up again, however long that takes. An error is ctx's, or a hopeless one.
+func (n *Node) reopen(ctx context.Context, waits *patience) (*incarnation, error) {
+	for {
+		timer := time.NewTimer(waits.wait())
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil, context.Cause(ctx)
+		}
+		i, err := n.begin(ctx)
+		if err == nil {
+			n.current.Store(i)
+			if err = n.consensus.Load().Replace(ctx, machine{i}); err == nil {
+				n.recoveries.Inc()
+				n.log.Info("PostgreSQL is taken up again", logkey.CSN, uint64(i.start))
+				return i, nil
+			}
+			err = errors.Join(err, i.end())
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if hopeless(err) {
+			return nil, err
+		}
+		n.states.set(stateRecovering, fmt.Sprintf("%s: %v", serverAway, err))
+		n.log.Warn("PostgreSQL cannot be taken up again yet", logkey.Error, err, logkey.Duration, waits.next)
+	}
+}
+
+const serverAway = "the node's PostgreSQL server is not running"
+
+// reasonOf says in the words of an operator why an incarnation has ended.
+func reasonOf(err error) string {
+	if errors.Is(err, apply.ErrServerLost) || errors.Is(err, errServerStopped) {
+		return serverAway
+	}
+	return err.Error()
+}

@@ -1,0 +1,526 @@
+package cluster_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/test/cluster"
+)
+
+// TestRecovery kills parts of one cluster, one after the other and under load: everything that was acknowledged is
+// there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
+func TestRecovery(t *testing.T) {
+	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
+	create(t, ctx, c,
+		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
+		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",
+		"CREATE TABLE spots (id int PRIMARY KEY, v text NOT NULL)",
+		"INSERT INTO spots SELECT i, '' FROM generate_series(1, 10) i")
+	for _, s := range []struct {
+		name string
+		run  func(t *testing.T, ctx context.Context, c *cluster.Cluster)
+	}{
+		{"PostgresKilled", postgresKilled},
+		{"BackendKilled", backendKilled},
+		{"AsynchronousCommitsLost", asynchronousCommitsLost},
+		{"PostgresCannotStart", postgresCannotStart},
+		{"FollowerKilled", followerKilled},
+		{"LeaderKilled", leaderKilled},
+		{"NodeKilled", nodeKilled},
+		{"AllKilled", allKilled},
+		{"SessionDiesBeforeItsTurn", sessionDiesBeforeItsTurn},
+	} {
+		if !t.Run(s.name, func(t *testing.T) {
+			s.run(t, ctx, c)
+			if err := c.Verify(ctx); err != nil {
+				t.Error(err)
+			}
+		}) {
+			break // what follows would only say so again
+		}
+	}
+	check(t, c.Stop())
+}
+
+// load is writers on every node. Each transaction inserts a row and counts it, so that a transaction that was applied
+// twice, or by half, shows.
+type load struct {
+	t     *testing.T
+	c     *cluster.Cluster
+	begin time.Time
+	stop  context.CancelFunc
+	ended sync.WaitGroup
+
+	mu      sync.Mutex
+	told    map[string]bool     // ids of transactions whose outcome the client was told
+	commits map[int][]time.Time // by node
+}
+
+// writersPerNode is small: what is tested is that nothing is lost, not how much can be done.
+const writersPerNode = 3
+
+func startLoad(t *testing.T, ctx context.Context, c *cluster.Cluster) *load {
+	t.Helper()
+	ctx, cancel := context.WithCancel(ctx)
+	l := &load{t: t, c: c, begin: time.Now(), stop: cancel, told: map[string]bool{}, commits: map[int][]time.Time{}}
+	t.Cleanup(cancel)
+	for i := 1; i <= c.Nodes; i++ {
+		for w := range writersPerNode {
+			l.ended.Go(func() { l.write(ctx, i, fmt.Sprintf("%s/%d.%d", t.Name(), i, w)) })
+		}
+	}
+	l.awaitCommits(ctx, 10)
+	return l
+}
+
+// write commits as fast as it goes, whatever happens to its node.
+func (l *load) write(ctx context.Context, node int, writer string) {
+	var conn *pgconn.PgConn
+	defer func() {
+		if conn != nil {
+			_ = conn.Close(context.WithoutCancel(ctx))
+		}
+	}()
+	known := false
+	for n := 0; ctx.Err() == nil; n++ {
+		if conn == nil || conn.IsClosed() {
+			session, err := l.c.Connect(ctx, node)
+			if err != nil {
+				select {
+				case <-ctx.Done():
+				case <-time.After(5 * time.Millisecond): // it is down, and only asking tells when it is up again
+				}
+				continue
+			}
+			conn = session.PgConn()
+		}
+		counter := "UPDATE counters SET n = n + 1 WHERE writer = '" + writer + "'"
+		if !known {
+			counter = "INSERT INTO counters VALUES ('" + writer + "', 1) ON CONFLICT (writer) DO UPDATE SET n = counters.n + 1"
+		}
+		id := fmt.Sprintf("%s.%d", writer, n)
+		// A COMMIT that is under way must not be given up: its outcome is what is tested.
+		_, err := conn.Exec(context.WithoutCancel(ctx), "BEGIN; INSERT INTO entries VALUES ('"+id+"', '"+writer+"'); "+counter+"; COMMIT").ReadAll()
+		if err != nil && !conn.IsClosed() && conn.TxStatus() != 'I' {
+			_, _ = conn.Exec(context.WithoutCancel(ctx), "ROLLBACK").ReadAll()
+		}
+		l.mu.Lock()
+		switch {
+		case err == nil:
+			known = true
+			l.told[id] = true
+			l.commits[node] = append(l.commits[node], time.Now())
+		case slices.Contains([]string{"40001", "25006", "57P03"}, cluster.SQLState(err)):
+			l.told[id] = false
+		}
+		l.mu.Unlock()
+	}
+}
+
+// awaitCommits waits until every node has committed n more.
+func (l *load) awaitCommits(ctx context.Context, n int, nodes ...int) {
+	l.t.Helper()
+	if len(nodes) == 0 {
+		for i := 1; i <= l.c.Nodes; i++ {
+			nodes = append(nodes, i)
+		}
+	}
+	before := l.counts()
+	eventually(l.t, ctx, func() error {
+		now := l.counts()
+		for _, i := range nodes {
+			if now[i]-before[i] < n {
+				return fmt.Errorf("node %d commits nothing: %d more", i, now[i]-before[i])
+			}
+		}
+		return nil
+	})
+}
+
+func (l *load) counts() map[int]int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	counts := map[int]int{}
+	for i, times := range l.commits {
+		counts[i] = len(times)
+	}
+	return counts
+}
+
+// longestPause is the longest time without a commit on any of these nodes after since.
+func (l *load) longestPause(since time.Time, nodes ...int) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var times []time.Time
+	for _, i := range nodes {
+		times = append(times, l.commits[i]...)
+	}
+	slices.SortFunc(times, time.Time.Compare)
+	var longest time.Duration
+	last := since
+	for _, at := range times {
+		if at.After(since) {
+			longest = max(longest, at.Sub(last))
+			last = at
+		}
+	}
+	return longest
+}
+
+// finish ends the load and audits it.
+func (l *load) finish(ctx context.Context) {
+	l.t.Helper()
+	l.stop()
+	l.ended.Wait()
+	check(l.t, l.c.Settle(ctx))
+	for i := 1; i <= l.c.Nodes; i++ {
+		conn := direct(l.t, ctx, l.c, i)
+		rows, err := conn.Query(ctx, "SELECT id FROM entries WHERE writer LIKE $1", l.t.Name()+"/%")
+		check(l.t, err)
+		present := map[string]bool{}
+		for rows.Next() {
+			var id string
+			check(l.t, rows.Scan(&id))
+			present[id] = true
+		}
+		check(l.t, rows.Err())
+		for id, committed := range l.told {
+			if committed && !present[id] {
+				l.t.Errorf("node %d: acknowledged transaction %s is lost", i, id)
+			}
+			if !committed && present[id] {
+				l.t.Errorf("node %d: transaction %s was refused and is there", i, id)
+			}
+		}
+		equals(l.t, ctx, conn, true, `SELECT coalesce(bool_and(c.n = (SELECT count(*) FROM entries e WHERE e.writer = c.writer)), true)
+			FROM counters c WHERE c.writer LIKE $1`, l.t.Name()+"/%")
+		check(l.t, conn.Close(ctx))
+	}
+}
+
+// eventually looks again and again until there is no error.
+func eventually(t *testing.T, ctx context.Context, look func() error) {
+	t.Helper()
+	for {
+		err := look()
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatal(err)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+type member struct {
+	ID     int
+	Role   string
+	State  string
+	Reason string
+	Writes bool   `json:"accepts_writes"`
+	CSN    uint64 `json:"applied_csn"`
+}
+
+// members is what a node says of all.
+func members(ctx context.Context, c *cluster.Cluster, asked int) ([]member, error) {
+	out, err := c.Status(ctx, asked, "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var status struct{ Members []member }
+	if err := json.Unmarshal(out, &status); err != nil {
+		return nil, fmt.Errorf("read status: %w\n%s", err, out)
+	}
+	return status.Members, nil
+}
+
+// leaderOf returns the leader and one that follows.
+func leaderOf(t *testing.T, ctx context.Context, c *cluster.Cluster) (leader, follower int) {
+	t.Helper()
+	eventually(t, ctx, func() error {
+		all, err := members(ctx, c, 1)
+		if err != nil {
+			return err
+		}
+		leader, follower = 0, 0
+		for _, m := range all {
+			if m.Role == "leader" {
+				leader = m.ID
+			} else if m.State == "active" {
+				follower = m.ID
+			}
+		}
+		if leader == 0 || follower == 0 {
+			return fmt.Errorf("no leader, or no active follower: %+v", all)
+		}
+		return nil
+	})
+	return leader, follower
+}
+
+// awaitState waits until node i says of itself that it is in a state, for a reason with these words.
+func awaitState(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, state, reason string) {
+	t.Helper()
+	eventually(t, ctx, func() error {
+		all, err := members(ctx, c, i)
+		if err != nil {
+			return err
+		}
+		for _, m := range all {
+			if m.ID == i && (m.State != state || !strings.Contains(m.Reason, reason) || m.Writes != (state == "active")) {
+				return fmt.Errorf("node %d is %+v, want state %q and reason %q", i, m, state, reason)
+			}
+		}
+		return nil
+	})
+}
+
+func others(c *cluster.Cluster, but ...int) (nodes []int) {
+	for i := 1; i <= c.Nodes; i++ {
+		if !slices.Contains(but, i) {
+			nodes = append(nodes, i)
+		}
+	}
+	return nodes
+}
+
+func kill(t *testing.T, pid int, err error) {
+	t.Helper()
+	check(t, err)
+	check(t, syscall.Kill(pid, syscall.SIGKILL))
+}
+
+func postgresKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	leader, follower := leaderOf(t, ctx, c)
+	for _, i := range []int{follower, leader} {
+		l := startLoad(t, ctx, c)
+		killed := time.Now()
+		pid, err := c.PostmasterPID(i)
+		kill(t, pid, err)
+		l.awaitCommits(ctx, 20, others(c, i)...)
+		l.awaitCommits(ctx, 20, i)
+		awaitState(t, ctx, c, i, "active", "")
+		t.Logf("PostgreSQL of node %d killed (leader %v): no commit for %v there, for %v on the others", i, i == leader,
+			l.longestPause(killed, i).Round(time.Millisecond), l.longestPause(killed, others(c, i)...).Round(time.Millisecond))
+		l.finish(ctx)
+	}
+}
+
+// backendKilled: one server process that dies makes PostgreSQL start all of them anew, under the same postmaster.
+func backendKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	l := startLoad(t, ctx, c)
+	conn := direct(t, ctx, c, 2)
+	killed := time.Now()
+	kill(t, int(conn.PgConn().PID()), nil)
+	l.awaitCommits(ctx, 20)
+	awaitState(t, ctx, c, 2, "active", "")
+	t.Logf("a backend of node 2 killed: no commit for %v there, for %v on the others",
+		l.longestPause(killed, 2).Round(time.Millisecond), l.longestPause(killed, 1, 3).Round(time.Millisecond))
+	l.finish(ctx)
+}
+
+// asynchronousCommitsLost: a node that only applies loses what its PostgreSQL had not written, and applies it again.
+func asynchronousCommitsLost(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	conn := direct(t, ctx, c, 2)
+	for _, sql := range []string{"ALTER SYSTEM SET wal_writer_delay = '10s'", "ALTER SYSTEM SET wal_writer_flush_after = '100MB'"} {
+		must(t, ctx, conn, sql)
+	}
+	must(t, ctx, conn, "SELECT pg_reload_conf()")
+	writer, watcher := gateway(t, ctx, c, 1), direct(t, ctx, c, 2)
+	awaitQuery(t, ctx, watcher, "SELECT current_setting('wal_writer_delay') = '10s'")
+	lost := 0
+	for attempt := range 20 { // what is not written by chance of a flush in between
+		for n := range 20 {
+			must(t, ctx, writer, "UPDATE spots SET v = $1 WHERE id = 1", fmt.Sprint(attempt, n))
+		}
+		awaitQuery(t, ctx, watcher, "SELECT v = $1 FROM spots WHERE id = 1", fmt.Sprint(attempt, 19))
+		applied := number(t, metric(t, ctx, c, 2, "quorate_apply_applied_csn"))
+		pid, err := c.PostmasterPID(2)
+		kill(t, pid, err)
+		eventually(t, ctx, func() error { return c.Settle(ctx) })
+		watcher = direct(t, ctx, c, 2)
+		if lost = applied - number(t, metric(t, ctx, c, 2, "quorate_node_start_csn")); lost > 0 {
+			break
+		}
+	}
+	if lost <= 0 {
+		t.Error("nothing was lost in any attempt: nothing is tested")
+	}
+	t.Logf("%d transactions were lost and applied again", lost)
+	for _, sql := range []string{"ALTER SYSTEM RESET wal_writer_delay", "ALTER SYSTEM RESET wal_writer_flush_after", "SELECT pg_reload_conf()"} {
+		must(t, ctx, watcher, sql)
+	}
+}
+
+// postgresCannotStart: while its PostgreSQL cannot start, a node says so to everybody who asks, tries again, and needs
+// nobody when the cause is gone.
+func postgresCannotStart(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	l := startLoad(t, ctx, c)
+	restore := spoil(t, c, 2)
+	pid, err := c.PostmasterPID(2)
+	kill(t, pid, err)
+	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running: start PostgreSQL")
+	_, err = c.Connect(ctx, 2)
+	if cluster.SQLState(err) != "57P03" || !strings.Contains(err.Error(), "the node's PostgreSQL server is not running") {
+		t.Errorf("connect to the node meanwhile: %v", err)
+	}
+	if m := metric(t, ctx, c, 2, `quorate_node_state{state="recovering"}`); m != "1" {
+		t.Errorf("metric of the state is %q", m)
+	}
+	l.awaitCommits(ctx, 20, 1, 3)
+	restore()
+	l.awaitCommits(ctx, 20, 2)
+	awaitState(t, ctx, c, 2, "active", "")
+	l.finish(ctx)
+}
+
+func followerKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	_, follower := leaderOf(t, ctx, c)
+	sidecarKilled(t, ctx, c, follower)
+}
+
+func leaderKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	leader, _ := leaderOf(t, ctx, c)
+	sidecarKilled(t, ctx, c, leader)
+}
+
+func sidecarKilled(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
+	l := startLoad(t, ctx, c)
+	killed := time.Now()
+	check(t, c.KillNode(ctx, i))
+	l.awaitCommits(ctx, 20, others(c, i)...)
+	started := time.Now()
+	check(t, c.StartNode(i))
+	l.awaitCommits(ctx, 20, i)
+	t.Logf("sidecar of node %d killed: no commit for %v on the others; the node commits %v after its start", i,
+		l.longestPause(killed, others(c, i)...).Round(time.Millisecond), l.longestPause(started, i).Round(time.Millisecond))
+	l.finish(ctx)
+}
+
+// nodeKilled kills the sidecar and the PostgreSQL of the leader.
+func nodeKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	leader, _ := leaderOf(t, ctx, c)
+	l := startLoad(t, ctx, c)
+	killed := time.Now()
+	killWhole(t, ctx, c, leader)
+	l.awaitCommits(ctx, 20, others(c, leader)...)
+	check(t, c.StartNode(leader))
+	l.awaitCommits(ctx, 20, leader)
+	t.Logf("node %d, the leader, killed with its PostgreSQL: no commit for %v on the others", leader,
+		l.longestPause(killed, others(c, leader)...).Round(time.Millisecond))
+	l.finish(ctx)
+}
+
+// killWhole kills a node's processes, first the one or the other.
+func killWhole(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
+	t.Helper()
+	steps := []func(){
+		func() { check(t, c.KillNode(ctx, i)) },
+		func() { pid, err := c.PostmasterPID(i); kill(t, pid, err) },
+	}
+	if rand.IntN(2) == 0 {
+		slices.Reverse(steps)
+	}
+	for _, step := range steps {
+		step()
+	}
+}
+
+// allKilled kills everything, and starts it in any order.
+func allKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	l := startLoad(t, ctx, c)
+	for i := 1; i <= c.Nodes; i++ {
+		killWhole(t, ctx, c, i)
+	}
+	order := rand.Perm(c.Nodes)
+	started := time.Now()
+	for _, i := range order {
+		check(t, c.StartNode(i+1))
+	}
+	l.awaitCommits(ctx, 20)
+	t.Logf("all nodes commit %v after they were started, in the order %v", time.Since(started).Round(time.Millisecond), order)
+	l.finish(ctx)
+}
+
+// sessionDiesBeforeItsTurn: a transaction is decided and waits behind another one when its session is ended. It is
+// committed all the same, and its client is told so.
+func sessionDiesBeforeItsTurn(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	blocker, watcher := direct(t, ctx, c, 1), direct(t, ctx, c, 1)
+	must(t, ctx, blocker, "BEGIN READ WRITE")
+	must(t, ctx, blocker, "SELECT FROM spots WHERE id = 1 FOR UPDATE")
+	doomed := gateway(t, ctx, c, 1)
+	pid := doomed.PgConn().PID()
+	must(t, ctx, doomed, "BEGIN")
+	must(t, ctx, doomed, "UPDATE spots SET v = 'doomed' WHERE id = 2")
+	// Node 1 cannot apply this one while the blocker has the row.
+	must(t, ctx, gateway(t, ctx, c, 2), "UPDATE spots SET v = 'ahead' WHERE id = 1")
+	awaitQuery(t, ctx, watcher, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'quorate_apply%' AND wait_event_type = 'Lock')")
+	before := metric(t, ctx, c, 1, `quorate_coord_transactions_total{reason="none"}`)
+	done := make(chan error)
+	go func() {
+		_, err := doomed.Exec(ctx, "COMMIT")
+		done <- err
+	}()
+	eventually(t, ctx, func() error {
+		if metric(t, ctx, c, 1, `quorate_coord_transactions_total{reason="none"}`) == before {
+			return errors.New("the transaction is not decided")
+		}
+		return nil
+	})
+	must(t, ctx, watcher, "SELECT pg_terminate_backend($1)", pid)
+	if err := <-done; err != nil {
+		t.Errorf("COMMIT of the session that was ended: %v", err)
+	}
+	everywhere(t, ctx, c, "ahead,doomed", "SELECT string_agg(v, ',' ORDER BY id) FROM spots WHERE id < 3")
+}
+
+// metric is the value of one of a node's metrics, "" if there is none of that name.
+func metric(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, name string) string {
+	t.Helper()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.HTTP(i)+"/metrics", nil)
+	check(t, err)
+	response, err := http.DefaultClient.Do(request)
+	check(t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	check(t, err)
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+func number(t *testing.T, text string) int {
+	t.Helper()
+	f, err := strconv.ParseFloat(text, 64)
+	check(t, err)
+	return int(f)
+}
+
+// spoil makes the next start of node i's PostgreSQL fail, until restore is called.
+func spoil(t *testing.T, c *cluster.Cluster, i int) (restore func()) {
+	t.Helper()
+	name := filepath.Join(c.NodeDir(i), "pgdata", "global", "pg_control")
+	check(t, os.Rename(name, name+".away"))
+	return func() { check(t, os.Rename(name+".away", name)) }
+}
