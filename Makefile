@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench stress verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench stress model verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -31,6 +31,10 @@ bench: build
 STRESS ?= 60s
 stress:
 	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -timeout 2h -v -run TestStress ./test/cluster
+
+# The commit protocol and recovery, checked exhaustively; see model/README.md. It needs Debian's spin.
+model:
+	model/check.sh
 
 verify: fmt-check generate-check tidy-check
 	$(GO) vet ./...
