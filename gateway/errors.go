@@ -11,22 +11,23 @@ import (
 
 // SQLSTATEs that the gateway looks for or sends.
 const (
-	codeReadOnly         = "25006" // read_only_sql_transaction
-	codeInFailed         = "25P02" // in_failed_sql_transaction
-	codeNoActive         = "25P01" // no_active_sql_transaction
-	codeActive           = "25001" // active_sql_transaction
-	codeNoStatement      = "26000" // invalid_sql_statement_name
-	codeCanceled         = "57014" // query_canceled
-	codeSerialization    = "40001"
-	codeUnsupported      = "0A000"
-	codeUnknownOutcome   = "08007"
-	codeProtocol         = "08P01"
-	codeShutdown         = "57P01"
-	codeCannotConnect    = "57P03"
-	codeTooMany          = "53300"
-	codeConnectionFailed = "08006"
-	codeTooLarge         = "54000"
-	codeInternal         = "XX000"
+	codeReadOnly           = "25006" // read_only_sql_transaction
+	codeInFailed           = "25P02" // in_failed_sql_transaction
+	codeNoActive           = "25P01" // no_active_sql_transaction
+	codeActive             = "25001" // active_sql_transaction
+	codeNoStatement        = "26000" // invalid_sql_statement_name
+	codeDuplicateStatement = "42P05" // duplicate_prepared_statement
+	codeCanceled           = "57014" // query_canceled
+	codeSerialization      = "40001"
+	codeUnsupported        = "0A000"
+	codeUnknownOutcome     = "08007"
+	codeProtocol           = "08P01"
+	codeShutdown           = "57P01"
+	codeCannotConnect      = "57P03"
+	codeTooMany            = "53300"
+	codeConnectionFailed   = "08006"
+	codeTooLarge           = "54000"
+	codeInternal           = "XX000"
 )
 
 // sqlError is an error as a client sees it.
@@ -84,6 +85,7 @@ var (
 		detail:  "In it a byte of a character may look like a backslash, so the end of a string cannot be told.",
 		hint:    "Use UTF8 or a single-byte encoding."}
 	errSavepointOutside = &sqlError{code: codeNoActive, message: "SAVEPOINT can only be used in transaction blocks"}
+	errNoBegin          = &sqlError{code: codeSerialization, message: "the transaction could not be begun", hint: retryHint}
 	errForgotten        = &sqlError{code: codeSerialization, message: "a function has deallocated the gateway's prepared statements",
 		hint: retryHint}
 	errIsolation   = refusals[sqllex.Serializable]

@@ -152,8 +152,12 @@ func (s *session) onParse(m message) error {
 		st.Statement = s.stmts[0]
 	}
 	key := string(name)
-	if err := s.define(key, st); err != nil {
+	taken, err := s.define(key, st)
+	if err != nil {
 		return err
+	}
+	if taken {
+		return s.refuseParse(key, &sqlError{code: codeDuplicateStatement, message: "prepared statement \"" + key + "\" already exists"})
 	}
 	if st.Refusal != sqllex.NotRefused {
 		return s.refuseParse(key, refusals[st.Refusal])
@@ -178,27 +182,30 @@ func (s *session) onParse(m message) error {
 }
 
 // define enters a statement into the session's table. The server refuses a second Parse of a name that exists, so
-// what stands there counts until it is closed; only a Parse that failed left nothing.
-func (s *session) define(name string, st *statement) error {
+// what stands there counts until it is closed; only a Parse that failed left nothing. The server may know better: a
+// function may have deallocated the name. That must not turn into a COMMIT what is not taken for one, or the other
+// way round; then taken says that the Parse is to be refused here.
+func (s *session) define(name string, st *statement) (taken bool, _ error) {
 	old := s.statements[name]
 	if old == nil || name == "" {
 		s.statements[name] = st
-		return nil
+		return false, nil
 	}
 	s.mu.Lock()
 	pending := old.state == parsePending
 	s.mu.Unlock()
 	if pending && !s.holding {
 		if err := s.settle(); err != nil {
-			return err
+			return false, err
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if old.state == parseFailed || old.closed {
 		s.statements[name] = st
+		return false, nil
 	}
-	return nil
+	return old.Control() || st.Control(), nil
 }
 
 // refuseParse sends a Parse that fails, in place of one that is refused.

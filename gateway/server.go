@@ -25,6 +25,8 @@ func (s *session) serverLoop() error {
 			err = s.async(m, r.quiet)
 		case !ok:
 			err = s.unexpected(m)
+		case r.until == opBegin:
+			err = s.answerBegin(r, m)
 		case r.until == opUnit:
 			err = s.conductUnit(m)
 		case r.until == opCommit:
@@ -93,6 +95,43 @@ func (s *session) answer(r reply, m message) error {
 		s.popLocked()
 		s.mu.Unlock()
 	}
+	return nil
+}
+
+// answerBegin swallows one message of the answer to a deferred BEGIN. A failure (a function has taken the hidden
+// statements away, or the client's cancel request came right then) is told as that of the statement behind it, which the
+// server ignores.
+func (s *session) answerBegin(r reply, m message) error {
+	if m.typ != 'E' {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.queue[s.head].count--; s.queue[s.head].count == 0 {
+			s.status = 'T'
+			s.popLocked()
+		}
+		return nil
+	}
+	if string(errorField(m.body(), 'C')) == codeNoStatement {
+		s.forgetPrepared()
+		r.subst = errForgotten
+	}
+	s.mu.Lock()
+	s.popLocked()
+	var next byte
+	if s.head < len(s.queue) {
+		next = s.queue[s.head].until
+	}
+	s.mu.Unlock()
+	if next == 0 { // the gateway had to know the state before the client's statement could go: nothing to fail in its place
+		return s.finish(errNoBegin)
+	}
+	if err := s.relayError(m, r); err != nil {
+		return err
+	}
+	if next == untilReady { // a Query is ignored too, and brings no ReadyForQuery of its own
+		return s.write(appendSync(nil))
+	}
+	s.skipToSync()
 	return nil
 }
 

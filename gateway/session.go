@@ -81,9 +81,13 @@ type session struct {
 	flushSrvFn func() error
 
 	// Of the client loop.
-	mode       mode
-	base       txn.CSN
-	baseSet    bool
+	mode     mode
+	base     txn.CSN
+	baseSet  bool
+	deferred bool // the client's BEGIN has been answered and goes to the server with what follows it
+	// beginning: a Query went with the deferred BEGIN, so the next has to wait: of several that the server ignores
+	// because BEGIN has failed, only the first would be answered.
+	beginning  bool
 	stmts      []sqllex.Statement
 	statements map[string]*statement
 	portals    map[string]*statement
@@ -130,7 +134,8 @@ const (
 	untilDescribe = 'D'
 	untilExecute  = 'E'
 	untilCount    = 'n' // that many messages
-	opUnit        = 'U' // the server loop conducts a unit
+	opBegin       = 'N' // the server loop awaits the end of a deferred BEGIN
+	opUnit        = 'U' // … conducts a unit
 	opCommit      = 'X' // … or a commit
 	opEvict       = 'V' // … or the end of an evicted transaction
 )

@@ -856,12 +856,39 @@ func testDeallocate(t *testing.T, f *fixture) {
 	run(t, c, "ROLLBACK")
 	run(t, c, "DELETE FROM t WHERE id = 5")
 	expect(t, c, "INSERT INTO t VALUES (5)", "INSERT 0 1 I")
+	da := func(c *pgconn.PgConn) { // so that the gateway does not notice
+		run(t, c, "BEGIN")
+		run(t, c, "SELECT da()")
+		run(t, c, "ROLLBACK")
+	}
+	da(c)
+	expect(t, c, "BEGIN", "BEGIN T") // answered before the server has heard of it
+	expect(t, c, "INSERT INTO t VALUES (7)", "!40001 I")
+	expect(t, c, "SELECT count(*) FROM t WHERE id = 7", "(0) SELECT 1 I")
+	expect(t, c, "BEGIN", "BEGIN T")
+	expect(t, c, "INSERT INTO t VALUES (7)", "INSERT 0 1 T")
+	expect(t, c, "COMMIT", "COMMIT I")
 
 	w := f.wire(t, nil)
 	w.send(join(parse("x", "SELECT 1"), syncMessage)...)
 	w.until(1)
-	w.send(query("DEALLOCATE x"))
-	w.until(1)
+	w.send(query("BEGIN"), query("SELECT da()"), query("ROLLBACK"), query("BEGIN"))
+	w.until(4)
+	w.send(join(all("INSERT INTO t VALUES (8)"), all("INSERT INTO t VALUES (9)"), syncMessage)...)
+	if got := w.until(1); got != "!40001 I" {
+		t.Error(got)
+	}
+	w.send(query("BEGIN"), query("INSERT INTO t VALUES (8)"), query("INSERT INTO t VALUES (9)"), query("ROLLBACK"))
+	if got := w.until(4); got != "BEGIN T INSERT_0_1 T INSERT_0_1 T ROLLBACK I" {
+		t.Error(got)
+	}
+	// x is gone from the server, but what the gateway cannot know to be gone must not become a COMMIT.
+	w.send(join(all("BEGIN"), all("INSERT INTO t VALUES (6)"), parse("x", "COMMIT"), bind("", "x"), execute(""), syncMessage)...)
+	if got := w.until(1); got != "1 2 n BEGIN 1 2 n INSERT_0_1 !42P05 E" {
+		t.Error(got)
+	}
+	w.send(query("ROLLBACK"), join(&pgproto3.Close{ObjectType: 'S', Name: "x"}, syncMessage)[0], syncMessage)
+	w.until(2)
 	w.send(join(all("BEGIN"), all("INSERT INTO t VALUES (6)"), parse("x", "COMMIT"), bind("", "x"), execute(""), syncMessage)...)
 	if got := w.until(1); got != "1 2 n BEGIN 1 2 n INSERT_0_1 1 2 COMMIT I" {
 		t.Error(got)
