@@ -164,7 +164,10 @@ func (c *client) attempt(ctx context.Context, p plan, t *transaction) (sent bool
 		return false, err
 	}
 	tag, err := c.w.commit(ctx, c.conn)
-	if err == nil && tag.String() == "ROLLBACK" {
+	switch {
+	case tag.String() == "COMMIT": // what comes after this answer, the end of the session for one, does not take it back
+		err = nil
+	case err == nil:
 		err = errRolledBack
 	}
 	return true, err

@@ -223,6 +223,24 @@ func TestBrokenConnections(t *testing.T) {
 	}
 }
 
+// TestEndAfterCommit: a session that ends with the answer to COMMIT has committed.
+func TestEndAfterCommit(t *testing.T) {
+	w := start(t, Options{Kinds: []string{"skew"}, Clients: 2}, server(t))
+	ended := &pgconn.PgError{Severity: "FATAL", Code: "57P01"}
+	commit := w.commit
+	w.commit = func(ctx context.Context, conn *pgx.Conn) (pgconn.CommandTag, error) {
+		tag, err := commit(ctx, conn)
+		if err == nil {
+			err = errors.Join(ended, conn.Close(ctx))
+		}
+		return tag, err
+	}
+	r := rounds(t, w, func(r check.Report) bool { return r.Counts[check.OK] > 10 })
+	if err := r.Err(); err != nil || r.Counts[check.OK] <= 10 || r.Counts[check.Unknown] > 0 {
+		t.Errorf("%v %v", r.Counts, err)
+	}
+}
+
 // TestRoam: a client whose node is not there goes on to the next, when it may.
 func TestRoam(t *testing.T) {
 	s := server(t)
