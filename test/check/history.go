@@ -142,12 +142,28 @@ func ReadHistory(r io.Reader) (History, error) {
 			if err := decoder.Decode(&op); err != nil {
 				return nil, fmt.Errorf("read history: transaction %d: %w", len(h), err)
 			}
+			if err := op.validate(); err != nil {
+				return nil, fmt.Errorf("read history: transaction %d: %w", len(h), err)
+			}
 			h = append(h, op)
 		}
 		if err != nil {
 			return h, nil
 		}
 	}
+}
+
+// validate returns an error for what the checker would misunderstand.
+func (o *Op) validate() error {
+	switch {
+	case o.Outcome != OK && o.Outcome != Failed && o.Outcome != Unknown:
+		return fmt.Errorf("outcome is %q, not %s, %s or %s", o.Outcome, OK, Failed, Unknown)
+	case o.Isolation != RepeatableRead && o.Isolation != ReadCommitted:
+		return fmt.Errorf("isolation is %q, not %s or %s", o.Isolation, RepeatableRead, ReadCommitted)
+	case o.End < o.Start:
+		return fmt.Errorf("end is %v, before start at %v", o.End, o.Start)
+	}
+	return nil
 }
 
 // longest is how many elements of a list are shown; the rest is at its beginning.

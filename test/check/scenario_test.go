@@ -72,7 +72,15 @@ func roundTrip(t *testing.T, history check.History) {
 }
 
 func TestReadHistoryRefusesNonsense(t *testing.T) {
-	for _, text := range []string{"{", `{"start": "now"}`, `{"nonsense": 1}`, "{}\n[]\n"} {
+	const good = `{"start": 1, "end": 2, "isolation": "read committed", "outcome": "ok"}`
+	if h, err := check.ReadHistory(strings.NewReader(good + "\n\n" + good)); err != nil || len(h) != 2 {
+		t.Errorf("got %v, %v", h, err)
+	}
+	for _, text := range []string{
+		"{", "{}", `{"nonsense": 1}`, good + "\n[]\n",
+		strings.Replace(good, "1", `"now"`, 1), strings.Replace(good, "1", "3", 1),
+		strings.Replace(good, "ok", "fine", 1), strings.Replace(good, "committed", "uncommitted", 1),
+	} {
 		if h, err := check.ReadHistory(strings.NewReader(text)); err == nil {
 			t.Errorf("%q was read as %v", text, h)
 		}

@@ -313,13 +313,14 @@ func (j *judge) begins(o *object, r, long read, judged map[int64]bool) bool {
 
 // lostAppends reports what was acknowledged before a final read that does not show it, and returns the others.
 func (j *judge) lostAppends(o *object, unseen []stamp) []stamp {
+	final := slices.DeleteFunc(slices.Clone(o.reads), func(r read) bool { return !j.history[r.op].Final })
 	return slices.DeleteFunc(unseen, func(u stamp) bool {
 		w := o.writes[u.value].op
 		if !j.acknowledged(w) {
 			return false
 		}
-		for _, r := range o.reads {
-			if reader := &j.history[r.op]; reader.Final && j.history[w].End < reader.Start {
+		for _, r := range final {
+			if j.history[w].End < j.history[r.op].Start {
 				j.anomaly("lost append", []int{w, r.op}, "T1 was told that it had appended %d to list %s, and T2, which was to see everything, does not", u.value, o.key)
 				return true
 			}
@@ -363,7 +364,7 @@ func (j *judge) judgeRegister(o *object) {
 	replaced := map[int64]version{}
 	for _, r := range o.reads {
 		v, writes := wrote[r.op]
-		if !writes || j.history[r.op].Isolation == ReadCommitted || o.writes[v].op != r.op {
+		if !writes || j.history[r.op].Isolation == ReadCommitted {
 			continue
 		}
 		if other, again := replaced[r.value]; again && other.op != r.op {
