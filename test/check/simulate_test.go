@@ -420,7 +420,7 @@ func TestCorrectDatabasePasses(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		seed := rapid.Uint64().Draw(t, "seed")
 		nodes := rapid.IntRange(1, 4).Draw(t, "nodes")
-		transactions := rapid.IntRange(5, 150).Draw(t, "transactions")
+		transactions := rapid.IntRange(5, 600).Draw(t, "transactions")
 		freshness := check.PerNode
 		if nodes == 1 {
 			freshness = check.Everywhere
