@@ -77,6 +77,8 @@ type Coordinator struct {
 	open     map[txn.GID]*Transaction // registered and not finished
 	queue    []*Transaction           // complete write sets that wait for a proposal; bounded by the open sessions
 	waiting  int                      // how many are decided and not finished
+	gathers  uint64                   // batches that were gathered
+	coming   int                      // how many the batch that is being gathered still waits for
 	due      *sync.Cond               // on mu: a batch may be due, or the coordinator was closed
 	large    errgroup.Group           // one goroutine per large write set that is sent in chunks
 }
@@ -179,6 +181,7 @@ func (c *Coordinator) Marked(gid txn.GID, set *txn.WriteSet, parts txn.Parts, er
 		return
 	}
 	defer c.mu.Unlock()
+	defer c.arrived(t)
 	switch {
 	case err != nil:
 		c.cfg.Logger.Error("capture a write set", logkey.GID, gid, logkey.Error, err)
@@ -215,7 +218,9 @@ func discard(parts txn.Parts) {
 func (c *Coordinator) enqueue(t *Transaction) {
 	t.state = queued
 	c.queue = append(c.queue, t)
-	c.due.Signal()
+	if c.coming == 0 {
+		c.due.Signal()
+	}
 }
 
 func (c *Coordinator) enqueueUnlessLost(t *Transaction) bool {
@@ -232,8 +237,13 @@ func (c *Coordinator) enqueueUnlessLost(t *Transaction) bool {
 func (c *Coordinator) take() []*Transaction {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for (len(c.queue) == 0 || c.waiting > maxUnfinished) && !c.closed {
-		c.due.Wait()
+	for {
+		for (len(c.queue) == 0 || c.waiting > maxUnfinished) && !c.closed {
+			c.due.Wait()
+		}
+		if c.gather(); c.closed || len(c.queue) > 0 {
+			break
+		}
 	}
 	if c.closed {
 		return nil
@@ -249,6 +259,49 @@ func (c *Coordinator) take() []*Transaction {
 	}
 	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
 	return batch
+}
+
+// gatherTimeout bounds gather: the server may check deferred constraints for long before it writes a marker.
+const gatherTimeout = 2 * time.Millisecond
+
+// gather waits, before a batch is proposed, for the transactions that are on their way to it: their markers are being
+// written, most often by the same flush. Who they are is settled once, so that commits that begin later hold up nobody;
+// and where there are none, as with a lone client, there is no wait. Called with mu held.
+func (c *Coordinator) gather() {
+	c.gathers++
+	for _, t := range c.open {
+		if t.state == registered && !t.lost {
+			t.awaitedBy = c.gathers
+			c.coming++
+		}
+	}
+	if c.coming == 0 {
+		return
+	}
+	batch := c.gathers
+	timeout := time.AfterFunc(gatherTimeout, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.gathers == batch {
+			c.coming = 0
+			c.due.Signal()
+		}
+	})
+	for c.coming > 0 && !c.closed {
+		c.due.Wait()
+	}
+	timeout.Stop()
+	c.gathers, c.coming = c.gathers+1, 0
+}
+
+// arrived says that a batch need not wait for t any more, whether it has come or not. Called with mu held.
+func (c *Coordinator) arrived(t *Transaction) {
+	if c.coming > 0 && t.awaitedBy == c.gathers {
+		t.awaitedBy = 0
+		if c.coming--; c.coming == 0 {
+			c.due.Signal()
+		}
+	}
 }
 
 // propose gets a batch into the log or finds out that it is not there. Proposing twice is safe: the certifier knows

@@ -223,6 +223,40 @@ func TestBatchFormsWhileAProposalIsInFlight(t *testing.T) {
 	})
 }
 
+// What is on its way when a batch is due goes with it; what begins later, or takes long, does not hold it up.
+func TestBatchWaitsForWhatIsOnItsWay(t *testing.T) {
+	run(t, func(b bench) {
+		first, second, lost, closed := b.begin(), b.begin(), b.begin(), b.begin()
+		b.mark(first)
+		synctest.Wait()
+		later := b.begin()
+		start := time.Now()
+		lost.Lost()
+		b.want(lost, txn.StepAbort)
+		closed.Close()
+		b.mark(second)
+		p := <-b.order.proposals
+		if len(p.entry.Transactions) != 2 || !time.Now().Equal(start) {
+			b.Errorf("batch of %d after %s", len(p.entry.Transactions), time.Since(start))
+		}
+		p.answer <- nil
+
+		third := b.begin()
+		b.mark(third)
+		p = <-b.order.proposals // while later still checks its constraints
+		if waited := time.Since(start); len(p.entry.Transactions) != 1 || waited != gatherTimeout {
+			b.Errorf("batch of %d after %s", len(p.entry.Transactions), waited)
+		}
+		b.mark(later)
+		p.answer <- nil
+		p = <-b.order.proposals
+		if waited := time.Since(start); len(p.entry.Transactions) != 1 || waited != gatherTimeout {
+			b.Errorf("a lone one after %s", waited)
+		}
+		p.answer <- nil
+	})
+}
+
 // While many wait for their turn, nothing is gained by deciding more.
 func TestBatchGrowsWhileTransactionsWaitForTheirTurn(t *testing.T) {
 	run(t, func(b bench) {

@@ -41,8 +41,9 @@ type Transaction struct {
 	state     state
 	set       *txn.WriteSet
 	csn       txn.CSN
-	lost      bool // the local transaction is gone: if the log commits it, the log is applied
-	told      bool // finished is closed
+	awaitedBy uint64 // the batch that is being gathered and waits for this one
+	lost      bool   // the local transaction is gone: if the log commits it, the log is applied
+	told      bool   // finished is closed
 	committed bool
 	orphan    bool // the session is gone: nobody reads events
 }
@@ -135,6 +136,7 @@ func (t *Transaction) reportLocked(committed bool) {
 		t.c.queue = slices.DeleteFunc(t.c.queue, func(q *Transaction) bool { return q == t })
 		t.abort(txn.AbortEvicted)
 	case t.state == registered:
+		t.c.arrived(t)
 		t.abort(txn.AbortEvicted)
 	}
 	// sending: the sender sees lost. proposed and later: the log decides.
@@ -166,6 +168,7 @@ func (t *Transaction) Close() {
 	t.orphan = true
 	switch t.state {
 	case registered:
+		t.c.arrived(t)
 		t.state = finished
 		delete(t.c.open, t.gid)
 	case finished:
