@@ -177,7 +177,7 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 // open fills c part by part; shut copes with what is missing. The stores come first: their lock keeps another process
 // out before anything is changed.
 func (c *Consensus) open() (err error) {
-	if c.stores, err = openStores(&c.config, c.stored, c.verified); err != nil {
+	if c.stores, err = openStores(&c.config, c.stored, c.storeFailed, c.verified); err != nil {
 		return err
 	}
 	c.feed.read, c.feed.latest = c.stores.log.GetLog, c.stores.latestSnapshot
@@ -255,6 +255,14 @@ func (c *Consensus) start() {
 func (c *Consensus) stored(index, term uint64) {
 	if c.transport != nil { // not yet while bootstrapping
 		c.transport.stored(index, term)
+	}
+}
+
+// storeFailed hears that the disk has refused an append: it is full, or broken. A leader steps down then, by itself;
+// but a follower would go on without learning what is committed, and its clients wait.
+func (c *Consensus) storeFailed(err error) {
+	if c.closing.Err() == nil {
+		c.fail(fmt.Errorf("log store: %w", err))
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -522,6 +523,67 @@ func TestTransferLeadership(t *testing.T) {
 		t.Errorf("node %d leads, not %d", got+1, to+1)
 	}
 	tc.propose(old, "on the former leader")
+}
+
+// A member whose disk takes no more entries says so and stops, be it the leader or a follower; the others go on.
+func TestFullDiskStopsOneMember(t *testing.T) {
+	t.Run("leader", func(t *testing.T) { fullDisk(t, true) })
+	t.Run("follower", func(t *testing.T) { fullDisk(t, false) })
+}
+
+func fullDisk(t *testing.T, leads bool) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	full, other := leader, (leader+1)%3
+	if !leads {
+		full, other = other, leader
+	}
+	tc.propose(other, "before")
+	tc.nodes[full].c.stores.deadline.breakDisk(syscall.ENOSPC)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if leads {
+		if _, err := tc.nodes[full].c.Propose(ctx, []byte("no space")); !errors.Is(err, txn.ErrOutcomeUnknown) {
+			t.Errorf("propose on the leader whose disk is full: %v", err)
+		}
+	} else {
+		tc.propose(other, "no space there")
+	}
+	select {
+	case <-tc.nodes[full].c.Failed():
+	case <-ctx.Done():
+		t.Fatal("the member did not notice")
+	}
+	if err := tc.nodes[full].c.Err(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("failed with %v", err)
+	}
+	for {
+		l, changed := tc.nodes[other].c.Leadership()
+		if l.Leader != 0 && l.Leader != txn.NodeID(full+1) {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatal("nobody took over")
+		}
+	}
+	tc.nodes[3-full-other].machine.awaitIndex(t, tc.propose(other, "after"))
+}
+
+// breakDisk makes every append from here on fail, once what is on its way has been written.
+func (s *deadlineStore) breakDisk(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.work)
+	<-s.gone
+	s.work, s.gone = make(chan appendCall), make(chan struct{})
+	go func(work chan appendCall, gone chan struct{}) {
+		defer close(gone)
+		for w := range work {
+			w.done <- err
+		}
+	}(s.work, s.gone)
 }
 
 func TestTransferWatch(t *testing.T) {

@@ -45,8 +45,8 @@ type stores struct {
 }
 
 // openStores opens or creates everything in cfg.Dir. onStored is told the last entry of each append that succeeded,
-// onReport the outcome of each verification.
-func openStores(cfg *Config, onStored func(index, term uint64), onReport func(verifier.VerificationReport)) (_ *stores, err error) {
+// onFailed that the disk did not take one, onReport the outcome of each verification.
+func openStores(cfg *Config, onStored func(index, term uint64), onFailed func(error), onReport func(verifier.VerificationReport)) (_ *stores, err error) {
 	s := &stores{}
 	defer func() {
 		if err != nil {
@@ -82,6 +82,7 @@ func openStores(cfg *Config, onStored func(index, term uint64), onReport func(ve
 		s.files = w
 	}
 	s.deadline = newDeadlineStore(s.files, cfg.WriteDeadline)
+	s.deadline.failed = onFailed
 	s.verified = verifier.NewLogStore(s.deadline, isCheckpoint, onReport, &walmetrics.NoOpCollector{})
 	s.log = newLogCache(s.verified, onStored)
 	if s.snapshots, err = raft.NewFileSnapshotStoreWithLogger(cfg.Dir, 2, newHCLog(cfg.Logger)); err != nil {
@@ -248,6 +249,7 @@ func (c *logCache) DeleteRange(min, max uint64) error {
 type deadlineStore struct {
 	closableLogStore
 	deadline time.Duration
+	failed   func(error) // is told of an append that failed in time; nil: nobody
 
 	mu   sync.Mutex // held for the length of an append; Raft does not overlap appends itself
 	late *lateWrite
@@ -305,6 +307,9 @@ func (s *deadlineStore) StoreLogs(logs []*raft.Log) error {
 	}
 	select {
 	case err := <-w.done:
+		if err != nil && s.failed != nil {
+			s.failed(fmt.Errorf("append entries from %d: %w", logs[0].Index, err))
+		}
 		return err
 	case <-timer.C:
 		s.late = &lateWrite{first: logs[0].Index, last: logs[len(logs)-1].Index, done: w.done}
