@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/quorate/quorate/test/network"
 )
 
 // Options say which cluster to start. The zero value with a Binary is a cluster of three.
@@ -29,9 +31,12 @@ type Options struct {
 	Nodes  int    // 0 means 3
 	PGBin  string // where postgres and initdb are; "" lets quorate find them
 	Under  string // the directory in which the cluster's own is made; "" is the system's for temporary files
+	// Network, when set, is where the nodes are, each in its own namespace and by itself, with "quorate run"; else they
+	// are a "quorate demo". It must stay open until the cluster has been stopped.
+	Network *network.Network
 }
 
-// Cluster is a running "quorate demo". Its methods may be called from several goroutines, except those that start
+// Cluster is a running "quorate demo", or as many "quorate run". Its methods may be called from several goroutines, except those that start
 // and stop processes.
 type Cluster struct {
 	Dir   string // of the demo: Dir/node<i>
@@ -71,6 +76,9 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(root))
 	}
+	if o.Network != nil {
+		base = networkBase
+	}
 	c := &Cluster{
 		Dir: filepath.Join(root, "demo"), Nodes: o.Nodes,
 		options: o, root: root, base: base, singles: map[int]*process{},
@@ -90,13 +98,16 @@ func Attach(nodes []Endpoint) *Cluster {
 // Attached reports whether the processes are not ours.
 func (c *Cluster) Attached() bool { return c.attached != nil }
 
-// Resume starts the demo on its directory, which may hold the data of an earlier run, and waits until it is ready.
+// Resume starts the nodes on their directories, which may hold the data of an earlier run, and waits until all are ready.
 func (c *Cluster) Resume(ctx context.Context) error {
+	if c.options.Network != nil {
+		return c.runAll(ctx)
+	}
 	args := []string{"demo", "--dir", c.Dir, "--nodes", strconv.Itoa(c.Nodes), "--base-port", strconv.Itoa(c.base)}
 	if c.options.PGBin != "" {
 		args = append(args, "--pg-bin", c.options.PGBin)
 	}
-	demo, err := startProcess(filepath.Join(c.root, "demo.log"), c.options.Binary, args...)
+	demo, err := startProcess(startHere, filepath.Join(c.root, "demo.log"), c.options.Binary, args...)
 	if err != nil {
 		return fmt.Errorf("start demo: %w", err)
 	}
@@ -113,18 +124,17 @@ func (c *Cluster) Resume(ctx context.Context) error {
 	}
 }
 
-// Stop ends the demo as a user would, with SIGTERM, and checks that it ends cleanly and leaves no process.
+// Stop ends everything as a user would, with SIGTERM, and checks that it ends cleanly and leaves no process.
 func (c *Cluster) Stop() error {
-	if c.demo == nil {
-		return nil
-	}
 	var errs []error
 	for i, p := range c.singles {
 		errs = append(errs, p.stop(fmt.Sprintf("node %d", i)))
 	}
 	clear(c.singles)
-	errs = append(errs, c.demo.stop("demo"))
-	c.demo = nil
+	if c.demo != nil {
+		errs = append(errs, c.demo.stop("demo"))
+		c.demo = nil
+	}
 	left, err := ProcessesUnder(c.Dir)
 	errs = append(errs, err)
 	for _, p := range left {
@@ -194,7 +204,11 @@ func (c *Cluster) RunNode(ctx context.Context, i int) error {
 // StartNode starts node i by itself and returns at once.
 func (c *Cluster) StartNode(i int) error {
 	log := filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i))
-	p, err := startProcess(log, c.options.Binary, "run", "--config", filepath.Join(c.NodeDir(i), "quorate.yaml"))
+	where := startHere
+	if c.options.Network != nil {
+		where = func(start func() error) error { return c.options.Network.Do(i, start) }
+	}
+	p, err := startProcess(where, log, c.options.Binary, "run", "--config", filepath.Join(c.NodeDir(i), "quorate.yaml"))
 	if err != nil {
 		return fmt.Errorf("run node %d: %w", i, err)
 	}
@@ -247,6 +261,9 @@ func (c *Cluster) Postgres(i int) string {
 	if c.Attached() {
 		return c.attached[i-1].Postgres
 	}
+	if c.options.Network != nil { // it trusts who is on its own machine, and that is another
+		return filepath.Join(c.NodeDir(i), "run", ":"+strconv.Itoa(c.base+postgresPorts+i))
+	}
 	return c.address(postgresPorts, i)
 }
 
@@ -260,12 +277,21 @@ func (c *Cluster) HTTP(i int) string { return c.address(httpPorts, i) }
 func (c *Cluster) Raft(i int) string { return c.address(raftPorts, i) }
 
 func (c *Cluster) address(block, i int) string {
-	return net.JoinHostPort("127.0.0.1", strconv.Itoa(c.base+block+i))
+	host := "127.0.0.1"
+	if c.options.Network != nil {
+		host = c.options.Network.Host(i)
+	}
+	return net.JoinHostPort(host, strconv.Itoa(c.base+block+i))
 }
 
-// URL is the connection string for an address.
+// URL is the connection string for an address, or for the directory and port of a Unix socket.
 func URL(address string) string {
-	return "postgres://postgres@" + address + "/postgres?sslmode=disable"
+	const role, options = "postgres://postgres@", "/postgres?sslmode=disable"
+	if dir, file := filepath.Split(address); dir != "" {
+		_, port, _ := strings.Cut(file, ":")
+		return role + options + "&host=" + dir + "&port=" + port
+	}
+	return role + address + options
 }
 
 // Connect opens a session through the gateway of node i.
@@ -344,9 +370,12 @@ type process struct {
 	err   error
 }
 
-// startProcess starts a command; its output is appended to the file log. Should this test die, even by SIGKILL,
-// the command gets a SIGTERM. Linux ties that to the thread that started it, hence the locked goroutine.
-func startProcess(log, name string, args ...string) (*process, error) {
+// startHere is where most processes are started.
+func startHere(start func() error) error { return start() }
+
+// startProcess starts a command, by way of where; its output is appended to the file log. Should this test die, even by
+// SIGKILL, the command gets a SIGTERM. Linux ties that to the thread that started it, hence the locked goroutine.
+func startProcess(where func(start func() error) error, log, name string, args ...string) (*process, error) {
 	out, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
@@ -361,7 +390,7 @@ func startProcess(log, name string, args ...string) (*process, error) {
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, not before the command
-		err := p.cmd.Start()
+		err := where(p.cmd.Start)
 		started <- err
 		if err == nil {
 			p.err = p.cmd.Wait()

@@ -1,0 +1,96 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/quorate/quorate/internal/pgserver"
+)
+
+// networkBase is the base port where every node has an address of its own.
+const networkBase = 6000
+
+// runAll starts every node by itself, and returns when all let writes through.
+func (c *Cluster) runAll(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	for i := 1; i <= c.Nodes; i++ {
+		if err := c.configure(ctx, i); err != nil {
+			return fmt.Errorf("configure node %d: %w", i, err)
+		}
+		if err := c.StartNode(i); err != nil {
+			return err
+		}
+	}
+	for i := 1; i <= c.Nodes; i++ {
+		if err := c.awaitGateway(ctx, i); err != nil {
+			return err
+		}
+	}
+	for i := 1; i <= c.Nodes; i++ {
+		if err := c.AwaitNode(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// configure writes the configuration of a node that has none.
+func (c *Cluster) configure(ctx context.Context, i int) error {
+	file := filepath.Join(c.NodeDir(i), "quorate.yaml")
+	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	bin := c.options.PGBin
+	if bin == "" {
+		in, err := pgserver.Find(ctx, pgserver.FindOptions{})
+		if err != nil {
+			in, err = pgserver.Fetch(ctx, fetchMajor, io.Discard)
+		}
+		if err != nil {
+			return err
+		}
+		bin = in.BinDir
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "cluster: tested\nnode: %d\ndata_dir: .\n", i)
+	fmt.Fprintf(&b, "postgres: {managed: true, bin_dir: %s, auth: trust, port: %d}\n", bin, c.base+postgresPorts+i)
+	addresses := func(i int) string {
+		return fmt.Sprintf("gateway: '%s', grpc: '%s', http: '%s', raft: '%s'", c.Gateway(i), c.GRPC(i), c.HTTP(i), c.Raft(i))
+	}
+	fmt.Fprintf(&b, "listen: {%s}\nmembers:\n", addresses(i))
+	for member := 1; member <= c.Nodes; member++ {
+		fmt.Fprintf(&b, "  - {id: %d, %s}\n", member, addresses(member))
+	}
+	if err := os.MkdirAll(c.NodeDir(i), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(file, []byte(b.String()), 0o644)
+}
+
+// fetchMajor is the PostgreSQL that is fetched where none is installed, as the demo does.
+const fetchMajor = 18
+
+// awaitGateway returns when a node that StartNode has started takes clients.
+func (c *Cluster) awaitGateway(ctx context.Context, i int) error {
+	p := c.singles[i]
+	return poll(ctx, func() error {
+		select {
+		case <-p.done:
+			return stopPolling{fmt.Errorf("run node %d: it ended: %w", i, p.exit())}
+		default:
+		}
+		conn, err := c.Connect(ctx, i)
+		if err != nil {
+			return err
+		}
+		closeConn(conn)
+		return nil
+	})
+}
