@@ -83,7 +83,7 @@ type Pipeline struct {
 	life      string // of the server; set once
 	failure   error
 
-	flushing sync.Mutex // held while a flush is under way
+	flushing chan struct{} // full while a flush is under way
 
 	waiters waiters
 	locals  chan *entry // released local transactions, to be waited for
@@ -103,6 +103,7 @@ func New(c Config) *Pipeline {
 		life:      c.Life,
 		locals:    make(chan *entry, 1), // only the head is released
 		busy:      make(chan struct{}, 1),
+		flushing:  make(chan struct{}, 1),
 		stopped:   make(chan struct{}),
 	}
 	p.applied.Store(uint64(c.Start))

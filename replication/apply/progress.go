@@ -114,8 +114,12 @@ func (p *Pipeline) Flush(ctx context.Context, csn txn.CSN) error {
 	if err := p.WaitFor(ctx, csn); err != nil {
 		return fmt.Errorf("flush up to transaction %d: %w", csn, err)
 	}
-	p.flushing.Lock()
-	defer p.flushing.Unlock()
+	select {
+	case p.flushing <- struct{}{}:
+		defer func() { <-p.flushing }()
+	case <-ctx.Done():
+		return fmt.Errorf("flush up to transaction %d: %w", csn, ctx.Err())
+	}
 	if p.Durable() >= csn {
 		return nil
 	}
@@ -126,7 +130,7 @@ func (p *Pipeline) Flush(ctx context.Context, csn txn.CSN) error {
 	return nil
 }
 
-// flush makes everything up to csn, which is visible, durable. Requires flushing.
+// flush makes everything up to csn, which is visible, durable. One at a time: see flushing.
 func (p *Pipeline) flush(ctx context.Context, csn txn.CSN) error {
 	c, err := p.connect(ctx)
 	if err != nil {

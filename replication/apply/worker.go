@@ -140,6 +140,9 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 		w.disconnect()
 		return nil
 	}
+	if w.session == nil {
+		return cause // the fate of its COMMIT could not be asked for
+	}
 	if !errors.Is(cause, errEvicted) {
 		if err := w.session.rollback(); err != nil {
 			w.disconnect()
