@@ -121,6 +121,7 @@ type Consensus struct {
 	leading   *leadership
 	notices   *noticeBoard
 	reads     readRounds
+	contact   contact
 	transfers *transferWatch
 	local     *proposals
 	conns     map[txn.NodeID]*grpc.ClientConn // belongs to runLink; Close has it afterwards
@@ -129,7 +130,7 @@ type Consensus struct {
 	closing context.Context // ended first
 	close   context.CancelFunc
 	calls   gate           // calls of the gRPC service, and prime
-	drivers sync.WaitGroup // runLink and runVerification
+	drivers sync.WaitGroup // runLink, runVerification and runContact
 	futures sync.WaitGroup // what waits for Raft's futures
 	stopped chan struct{}  // closed once Raft has stopped
 	watcher sync.WaitGroup // observe
@@ -249,6 +250,7 @@ func (c *Consensus) start() {
 	c.watcher.Go(func() { c.observe(events) })
 	c.drivers.Go(c.runLink)
 	c.drivers.Go(c.runVerification)
+	c.drivers.Go(c.runContact)
 }
 
 // stored passes on what the log has stored: see transport.stored.
@@ -381,6 +383,7 @@ func (c *Consensus) Propose(ctx context.Context, data []byte) (txn.LogIndex, err
 		c.metrics.proposalFailed(err)
 		return 0, fmt.Errorf("propose entry: %w", err)
 	}
+	c.contact.heard(began)
 	c.metrics.proposeSeconds.Observe(time.Since(began).Seconds())
 	return index, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/quorate/quorate/txn"
 )
@@ -13,10 +14,12 @@ import (
 // txn.ErrNoQuorum, or txn.ErrOutcomeUnknown if ctx ends or the leader is lost while the question is under way; either
 // way it may simply be asked again.
 func (c *Consensus) ReadIndex(ctx context.Context) (txn.LogIndex, error) {
+	began := time.Now()
 	index, err := c.queue.do(ctx, newRequest(nil))
 	if err != nil {
 		return 0, fmt.Errorf("read index: %w", err)
 	}
+	c.contact.heard(began)
 	return index, nil
 }
 
@@ -70,13 +73,20 @@ func (c *Consensus) readRound() (txn.LogIndex, error) {
 	}
 	// Whatever was acknowledged in this term was handed to the machine before that, and whatever earlier, before the
 	// barrier that primed the reign.
+	began := time.Now()
 	index := txn.LogIndex(c.feed.handed.Load())
-	if err := c.raft.VerifyLeader().Error(); err != nil {
-		return 0, fmt.Errorf("%w: verify leadership: %w", txn.ErrNoQuorum, err)
+	for {
+		if err := c.raft.VerifyLeader().Error(); err != nil {
+			return 0, fmt.Errorf("%w: verify leadership: %w", txn.ErrNoQuorum, err)
+		}
+		// VerifyLeader speaks of the term it ran in. Had another led in between, index would say nothing about its entries.
+		if !c.leads(r) {
+			return 0, fmt.Errorf("%w: leadership lost", txn.ErrNoQuorum)
+		}
+		// Raft also counts the answer to a heartbeat that was under way already. If this process was frozen in between,
+		// it may be of a time before somebody else was elected.
+		if c.transport.answers.since(began, r.Term, len(c.members.list())) {
+			return index, nil
+		}
 	}
-	// VerifyLeader speaks of the term it ran in. Had another led in between, index would say nothing about its entries.
-	if !c.leads(r) {
-		return 0, fmt.Errorf("%w: leadership lost", txn.ErrNoQuorum)
-	}
-	return index, nil
 }

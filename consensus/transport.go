@@ -25,6 +25,8 @@ const rpcTimeout = 5 * time.Second
 //   - Commit notices become AppendEntries messages (notice, stored).
 //   - Snapshots are refused unless this node holds nothing (inspect).
 //
+// And it notes when other members were last known to follow (AppendEntries).
+//
 // It embeds the transport, so that RequestPreVote and with it pre-vote stay available.
 type transport struct {
 	*raft.NetworkTransport
@@ -32,7 +34,8 @@ type transport struct {
 	stream *streamLayer
 
 	// self is set once Raft exists; until then every heartbeat goes to the main thread.
-	self atomic.Pointer[raft.Raft]
+	self    atomic.Pointer[raft.Raft]
+	answers answers
 
 	out  chan raft.RPC // what Raft consumes
 	wake chan struct{} // capacity 1: something may have to be injected

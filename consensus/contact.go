@@ -1,0 +1,113 @@
+package consensus
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// contact is the latest instant at which, for all this node knows, a majority was there and followed the leader that it
+// follows too. It only moves forward. Every proof of it is a round trip that began here, and what counts is when it
+// began: an answer that has lain in a buffer while the process was frozen proves nothing about the time since.
+type contact struct{ latest atomic.Pointer[time.Time] }
+
+func (c *contact) heard(at time.Time) {
+	for {
+		latest := c.latest.Load()
+		if latest != nil && !at.After(*latest) || c.latest.CompareAndSwap(latest, &at) {
+			return
+		}
+	}
+}
+
+// at is zero if there has been none.
+func (c *contact) at() time.Time {
+	if latest := c.latest.Load(); latest != nil {
+		return *latest
+	}
+	return time.Time{}
+}
+
+// quorumHeartbeats is the age of the contact, in heartbeat timeouts, from which on a node is without quorum. A follower
+// notices within three, and mostly two, that its leader is gone; what a new one mends in that time is no loss of quorum.
+const quorumHeartbeats = 3
+
+// QuorumTimeout is how long a node may be without contact to a majority before it should count as cut off.
+func (c *Consensus) QuorumTimeout() time.Duration {
+	return quorumHeartbeats * c.config.HeartbeatTimeout
+}
+
+// QuorumContact returns the latest instant at which a majority was certainly there and reachable from here; zero if
+// it never was. While it is, the instant is seldom older than a third of the heartbeat timeout. It costs one atomic
+// read, and its monotonic reading is that of this process, so a process that has been frozen sees its contact old.
+func (c *Consensus) QuorumContact() time.Time { return c.contact.at() }
+
+// runContact asks for a majority when nothing else has lately, until closing.
+func (c *Consensus) runContact() {
+	every := c.config.HeartbeatTimeout / 4
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-c.closing.Done():
+			return
+		}
+		if time.Since(c.contact.at()) < every {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(c.closing, c.config.HeartbeatTimeout)
+		_, _ = c.ReadIndex(ctx) // that there is no answer is what the contact's age tells
+		cancel()
+	}
+}
+
+// answers knows for each other member when the newest message was sent, by this node as leader of a term, that the
+// member has answered in the same term. It had not voted for anybody else's later term then.
+type answers struct {
+	mu   sync.Mutex
+	term uint64
+	sent map[raft.ServerID]time.Time
+}
+
+func (a *answers) note(from raft.ServerID, term uint64, sent time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if term > a.term {
+		a.term, a.sent = term, make(map[raft.ServerID]time.Time)
+	}
+	if term == a.term && sent.After(a.sent[from]) {
+		a.sent[from] = sent
+	}
+}
+
+// since reports whether, of a group of so many members, a majority with this node in it has answered messages of term
+// that were sent after began.
+func (a *answers) since(began time.Time, term uint64, members int) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	count := 1
+	if term == a.term {
+		for _, sent := range a.sent {
+			if sent.After(began) {
+				count++
+			}
+		}
+	}
+	return count > members/2
+}
+
+// AppendEntries implements raft.Transport. Heartbeats come this way, so what is pipelined need not be looked at.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, m *raft.AppendEntriesRequest, answer *raft.AppendEntriesResponse) error {
+	sent := time.Now()
+	if err := t.NetworkTransport.AppendEntries(id, target, m, answer); err != nil {
+		return err
+	}
+	if answer.Term == m.Term {
+		t.answers.note(id, m.Term, sent)
+	}
+	return nil
+}
