@@ -91,9 +91,11 @@ func (s *session) enter() error {
 
 // apply lets a statement that the server has accepted take its effect in the gateway.
 func (s *session) apply(e afterEffect) error {
-	if e.setWish && s.wish.Load() != e.wish {
+	if e.setWish {
 		s.wish.Store(e.wish)
-		s.emit(appendParameter(nil, "default_transaction_read_only", onOff(e.wish)))
+		s.cmu.Lock()
+		s.reportLocked()
+		s.cmu.Unlock()
 	}
 	if e.kind == sqllex.Deallocate {
 		if e.all {
@@ -248,6 +250,9 @@ func (s *session) queryInBlock(msg, sql []byte) error {
 			return s.send(msg)
 		}
 	}
+	if err := s.serve(); err != nil {
+		return err
+	}
 	s.noteBase()
 	for i := range s.stmts {
 		if err := s.noteStatement(&s.stmts[i], sql); err != nil {
@@ -288,6 +293,7 @@ func (s *session) await(e afterEffect) error {
 func (s *session) queryOutside(msg, sql []byte) error {
 	u := &s.unit
 	u.reset()
+	s.readOnly = s.beginsReadOnly()
 	switch len(s.stmts) {
 	case 0:
 	case 1:
@@ -297,7 +303,7 @@ func (s *session) queryOutside(msg, sql []byte) error {
 			s.beginBlock()
 			if tag := plainBegin(sql[st.Start:st.End]); tag != "" && !s.wish.Load() {
 				s.deferred = true
-				return s.tell(appendReady(appendComplete(nil, tag), 'T'))
+				return s.tellReady(appendComplete(nil, tag), 'T')
 			}
 			s.push(reply{until: untilReady})
 			return s.send(s.beginQuery(st, msg))
@@ -315,7 +321,7 @@ func (s *session) queryOutside(msg, sql []byte) error {
 			if err := s.noteStatement(&s.stmts[i], sql); err != nil {
 				return err
 			}
-			if k := s.stmts[i].Kind; (k == sqllex.Maybe || k == sqllex.Write) && !s.wish.Load() {
+			if k := s.stmts[i].Kind; (k == sqllex.Maybe || k == sqllex.Write) && !s.readOnly {
 				u.wrapped = true
 			}
 		}
@@ -325,8 +331,8 @@ func (s *session) queryOutside(msg, sql []byte) error {
 
 // judge decides whether a single statement outside a block is wrapped, or tried out read only.
 func (s *session) judge(u *unit, st *sqllex.Statement, size int) {
-	if s.wish.Load() {
-		return // the client wants it read only, and that is what the server's default is
+	if s.readOnly {
+		return // that is what the server's default is
 	}
 	switch {
 	case st.AsksReadOnly:
@@ -345,13 +351,25 @@ func (s *session) beginBlock() {
 	s.mode, s.baseSet, s.wishBefore = modeBlock, false, s.wish.Load()
 }
 
-// beginQuery returns BEGIN as the server gets it: read write, unless the client says or wishes otherwise. The
-// addition stands at the end, so that positions in errors stay right.
+// beginQuery returns BEGIN as the server gets it. The addition stands at the end, so that positions in errors stay
+// right.
 func (s *session) beginQuery(st *sqllex.Statement, msg []byte) []byte {
-	if st.AccessMode || s.wish.Load() {
-		return msg
+	if mode := s.accessMode(st); mode != "" {
+		return appendQuery(nil, string(msg[5:5+st.End])+mode)
 	}
-	return appendQuery(nil, string(msg[5:5+st.End])+readWrite)
+	return msg
+}
+
+// accessMode returns what is added to a BEGIN: it is read write unless the client says or wishes otherwise, or there
+// is no quorum. The last mode counts.
+func (s *session) accessMode(st *sqllex.Statement) string {
+	switch {
+	case s.fenced.Load():
+		return " READ ONLY"
+	case st.AccessMode || s.wish.Load():
+		return ""
+	}
+	return readWrite
 }
 
 const readWrite = " READ WRITE"
@@ -374,9 +392,15 @@ func plainBegin(sql []byte) string {
 // server ignores what the client meant to do inside the block.
 func (s *session) sendBegin() {
 	s.deferred = false
+	readOnly := s.beginsReadOnly()
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
-	s.push(reply{until: opBegin, hidden: true, count: s.appendBegin(false)})
+	count := s.appendBegin(false)
+	if readOnly {
+		s.toServer.buf = append(s.toServer.buf, runReadOnly...)
+		count += 2
+	}
+	s.push(reply{until: opBegin, hidden: true, count: count})
 }
 
 // runUnit hands the unit, whose messages are msg, to server and server loop.
@@ -384,6 +408,9 @@ func (s *session) runUnit(msg []byte) error {
 	u := &s.unit
 	if u.repeatable {
 		u.msg = append(u.msg[:0], msg...)
+	}
+	if err := s.serve(); err != nil {
+		return err
 	}
 	u.base = s.g.cfg.Coordinator.Applied()
 	s.wmu.Lock()
@@ -517,7 +544,7 @@ func (s *session) pieces(sql []byte) error {
 	if s.mode == modeWrap {
 		return s.startCommit(commitOp{end: endSilent})
 	}
-	return s.tell(appendReady(nil, s.statusNow()))
+	return s.tellReady(nil, s.statusNow())
 }
 
 // piece runs one control statement, or a run of others, without ReadyForQuery for the client.
@@ -530,8 +557,11 @@ func (s *session) piece(st *sqllex.Statement, run []sqllex.Statement, sql, text 
 	switch st.Kind {
 	case sqllex.Begin:
 		query := string(text)
-		if !st.AccessMode && !s.wish.Load() && s.mode != modeBlock {
-			query += readWrite
+		if s.mode == modeIdle {
+			s.beginsReadOnly()
+		}
+		if s.mode != modeBlock {
+			query += s.accessMode(st)
 		}
 		if s.mode == modeWrap {
 			r.quiet = true
@@ -572,7 +602,10 @@ func (s *session) piece(st *sqllex.Statement, run []sqllex.Statement, sql, text 
 			return err
 		}
 	}
-	if s.mode == modeIdle && !s.wish.Load() {
+	if err := s.serve(); err != nil {
+		return err
+	}
+	if s.mode == modeIdle && !s.beginsReadOnly() {
 		s.openWrap()
 	}
 	s.noteBase()

@@ -32,13 +32,14 @@ const (
 // here and again at COMMIT, when it is set back. Everything is named with its schema: the client's search_path applies.
 //
 // Without a transaction id nothing was written; the transaction is then made read only, because COMMIT still runs the
-// query of a WITH HOLD cursor.
+// query of a WITH HOLD cursor. Without a GID nothing that was written can be committed.
 const readySQL = `SELECT CASE
 WHEN pg_catalog.pg_current_xact_id_if_assigned() IS NULL THEN
  pg_catalog.concat('none ', pg_catalog.current_setting('transaction_read_only'), pg_catalog."left"(pg_catalog.set_config('transaction_read_only', 'on', true), 0))
+WHEN $1::pg_catalog.text OPERATOR(pg_catalog.=) '' THEN 'quorum'
 WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) 'serializable' THEN 'serializable'
 WHEN pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'origin' THEN 'replica'
-WHEN pg_catalog.pg_logical_emit_message(true, 'quorate.seal', $1::pg_catalog.text) IS NULL THEN NULL
+WHEN pg_catalog.pg_logical_emit_message(true, 'quorate.seal', $1) IS NULL THEN NULL
 WHEN CASE WHEN pg_catalog.current_setting('statement_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('statement_timeout', '0', true) IS NULL END THEN NULL
 WHEN CASE WHEN pg_catalog.current_setting('idle_in_transaction_session_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true) IS NULL END THEN NULL
 WHEN CASE WHEN pg_catalog.current_setting('transaction_timeout') OPERATOR(pg_catalog.<>) '0' THEN pg_catalog.set_config('transaction_timeout', '0', true) IS NULL END THEN NULL
@@ -74,8 +75,10 @@ func appendRun(b []byte, name string, params ...string) []byte {
 }
 
 var (
-	runBegin    = appendRun(nil, stBegin)
-	runUnlock   = appendRun(nil, stUnlock)
+	runBegin  = appendRun(nil, stBegin)
+	runUnlock = appendRun(nil, stUnlock)
+	// with a portal of its own, because COMMIT may use the other
+	runReadOnly = appendExecute(appendBind(nil, "quorate_fenced", stReadOnly), "quorate_fenced")
 	runRollback = appendSync(appendRun(nil, stRollback))
 )
 
@@ -185,8 +188,12 @@ func (s *session) sendRollback() error {
 	return s.flushServerLocked()
 }
 
-// sendReady registers the commit and sends the ready statement; or, if it cannot be registered, ROLLBACK.
+// sendReady registers the commit and sends the ready statement; or, if it cannot be registered, ROLLBACK. Without
+// quorum there is nothing to register: the ready statement says whether that matters.
 func (s *session) sendReady(op *commitOp, base txn.CSN) error {
+	if s.g.access() != ReadWrite {
+		return s.sendReadyStatement("", "")
+	}
 	c, err := s.g.cfg.Coordinator.Begin(s.ctx, base, s.pid)
 	if err != nil {
 		op.rollback = true
@@ -205,6 +212,10 @@ func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 	var number [42]byte
 	marker := strconv.AppendUint(number[:0], uint64(base), 10)
 	marker = strconv.AppendUint(append(marker, ' '), uint64(c.Seen()), 10)
+	return s.sendReadyStatement(c.GID().String(), string(marker))
+}
+
+func (s *session) sendReadyStatement(gid, marker string) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
 	s.ensurePrepared()
@@ -213,7 +224,7 @@ func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 		s.toServer.buf = append(s.toServer.buf, prepareReady...)
 	}
 	b := appendRun(s.toServer.buf, stConstraints)
-	b = appendRun(b, stReady, c.GID().String(), string(marker))
+	b = appendRun(b, stReady, gid, marker)
 	s.toServer.buf = appendSync(b)
 	return s.flushServerLocked()
 }
@@ -243,6 +254,9 @@ func (s *session) conductCommit(m message) error {
 		return s.readyFailed(op, failure)
 	}
 	switch string(value) {
+	case "quorum":
+		s.g.metrics.aborts.WithLabelValues(txn.AbortNoQuorum.String()).Inc()
+		return s.abort(op, errNoQuorum)
 	case "serializable":
 		return s.abort(op, errIsolation)
 	case "replica":
@@ -373,7 +387,7 @@ func (s *session) readReady(op *commitOp, m message) (value, failure []byte, err
 		switch m.typ {
 		case '2':
 			binds++
-			op.marked = op.marked || binds > 1
+			op.marked = op.marked || binds > 1 && op.commit != nil
 		case 'D':
 			// Two bytes number of columns, four bytes length.
 			if body := m.body(); len(body) >= 6 {

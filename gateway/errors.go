@@ -69,6 +69,10 @@ var (
 	errNoQuorum = &sqlError{code: codeReadOnly, message: "cannot commit: no quorum",
 		detail: "This node cannot reach a majority of the cluster, so nothing was changed.",
 		hint:   "Connect to a node with quorum, or retry when it is back."}
+	errCutOff = &sqlError{severity: "FATAL", code: codeCannotConnect,
+		message: "terminating connection: no quorum",
+		detail:  "This node cannot reach a majority of the cluster, and what can be read here may be too old by now.",
+		hint:    "Connect to another node."}
 	errShutdown = &sqlError{severity: "FATAL", code: codeShutdown,
 		message: "terminating connection: the gateway is shutting down"}
 	errServerLost = &sqlError{severity: "FATAL", code: codeConnectionFailed,
@@ -134,6 +138,11 @@ func visibleError(gid txn.GID) *sqlError {
 		message: "terminating connection: transaction " + gid.String() + " was committed from the log",
 		detail:  "Its session was rolled back, or its server lost, before its turn came; settings, temporary tables and cursors are gone.",
 		hint:    "Reconnect. Do not repeat the transaction: it is committed."}
+}
+
+// noQuorumError is the server's refusal to write in a transaction that is read only for lack of quorum.
+func noQuorumError(refusal string) *sqlError {
+	return &sqlError{code: codeReadOnly, message: refusal + ": no quorum", detail: errNoQuorum.detail, hint: errNoQuorum.hint}
 }
 
 func databaseError(name, only string) *sqlError {

@@ -58,7 +58,7 @@ func (s *session) onExtended(m message) error {
 
 // gather begins to gather a batch.
 func (s *session) gather() {
-	s.holding, s.executes, s.wrapBatch = true, 0, false
+	s.holding, s.executes, s.wrapBatch, s.readOnly = true, 0, false, s.beginsReadOnly()
 	s.unit.reset()
 }
 
@@ -117,7 +117,10 @@ func (s *session) batch(m message, r reply, name string) error {
 
 // stream ends the gathering: what has been gathered goes to the server inside a hidden block.
 func (s *session) stream() error {
-	if !s.wish.Load() {
+	if err := s.serve(); err != nil {
+		return err
+	}
+	if !s.readOnly {
 		s.openWrap()
 	}
 	return s.streamAsIs()
@@ -350,6 +353,11 @@ func (s *session) onExecute(m message) error {
 			return &protocolError{errSavepointOutside.message}
 		}
 	}
+	if st.Kind != sqllex.Rollback {
+		if err := s.serve(); err != nil {
+			return err
+		}
+	}
 	if st.Snapshot {
 		s.base = 0
 	}
@@ -385,7 +393,7 @@ func (s *session) executeGathered(m message, st *statement) error {
 			}
 			s.settleNext = false // the batch is still being gathered
 		}
-	case s.wish.Load():
+	case s.readOnly:
 	case st.AsksReadOnly:
 		s.wrapBatch, u.unlock = true, true
 	case st.Kind == sqllex.Write, s.g.writing.has(st.Fingerprint):
@@ -420,7 +428,15 @@ func (s *session) beginInBatch(m message) error {
 		}
 		s.beginBlock()
 		s.push(r)
-		return s.forward(m) // not through batch: BEGIN takes no snapshot, so base may wait
+		if err := s.forward(m); err != nil || !s.fenced.Load() { // not through batch: BEGIN takes no snapshot, so base may wait
+			return err
+		}
+		// The statement may have been prepared as READ WRITE when there was a quorum.
+		s.wmu.Lock()
+		defer s.wmu.Unlock()
+		s.push(reply{until: untilCount, hidden: true, count: s.ensurePrepared() + 2})
+		s.toServer.buf = append(s.toServer.buf, runReadOnly...)
+		return nil
 	}
 	return s.batch(m, r, "")
 }

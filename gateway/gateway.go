@@ -61,6 +61,9 @@ type Config struct {
 	Coordinator Coordinator
 	// Accepting says whether the node takes clients; its error's text is told to them (57P03). nil accepts always.
 	Accepting func() error
+	// Access says what those that are connected may do. It is asked before every statement, so it must be cheap. nil lets
+	// them do everything.
+	Access func() Access
 	// Terminate ends a server backend that does not let go of its transaction (pg_terminate_backend on a connection of
 	// the node's own). The gateway closes its connection in any case, but a backend that is stuck in a computation
 	// notices that late. nil does no more than that.

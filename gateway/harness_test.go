@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -151,6 +152,7 @@ type fixture struct {
 	server *pgserver.Server
 	g      *Gateway
 	coord  *testCoordinator
+	access *atomic.Uint32 // an Access
 	admin  *pgx.Conn
 }
 
@@ -158,7 +160,7 @@ func newFixture(t testing.TB, major int) *fixture {
 	t.Helper()
 	before := runtime.NumGoroutine()
 	server := pgtest.Start(t, pgtest.Options{Major: major, Tmpfs: true})
-	f := &fixture{t: t, server: server, coord: &testCoordinator{begun: make(chan *testCommit, 8)}}
+	f := &fixture{t: t, server: server, access: new(atomic.Uint32), coord: &testCoordinator{begun: make(chan *testCommit, 8)}}
 	f.admin = pgtest.Connect(t, server, "postgres")
 	f.direct(`CREATE SCHEMA quorate; GRANT USAGE ON SCHEMA quorate TO PUBLIC;
 		CREATE TABLE quorate.nudge (id bigint); GRANT INSERT ON quorate.nudge TO PUBLIC;
@@ -210,6 +212,7 @@ func (f *fixture) config() Config {
 	return Config{
 		Listen: "127.0.0.1:0", ServerNetwork: "tcp", ServerAddress: fmt.Sprintf("127.0.0.1:%d", cfg.Port),
 		Database: "postgres", Coordinator: f.coord, MaxConnections: 30, EvictTimeout: 2 * time.Second,
+		Access:     func() Access { return Access(f.access.Load()) },
 		Registerer: prometheus.NewRegistry(), Logger: slog.New(slog.NewTextHandler(f.t.Output(), nil)),
 		Terminate: func(ctx context.Context, pid uint32) error {
 			conn, err := pgx.Connect(ctx, f.server.ConnString("postgres"))

@@ -181,7 +181,7 @@ func (s *session) ready(m []byte, relay bool) error {
 	if relay {
 		s.cmu.Lock()
 		s.doomed = false
-		s.toClient.buf = appendReady(s.toClient.buf, status)
+		s.appendReadyLocked(status)
 		s.cmu.Unlock()
 	}
 	s.mu.Lock()
@@ -278,6 +278,8 @@ func (s *session) errorFor(m message, subst *sqlError) *sqlError {
 	switch {
 	case subst != nil:
 		return subst
+	case code == codeReadOnly && s.fenced.Load():
+		return noQuorumError(string(errorField(m.body(), 'M')))
 	case s.poison != nil:
 		e := s.poison
 		s.poison = nil
@@ -312,12 +314,15 @@ func (s *session) parameter(m message) error {
 	switch string(name) {
 	case "default_transaction_read_only":
 		off := string(value) == "off"
-		switch {
-		case s.pid == 0: // still starting up
-			s.emit(appendParameter(nil, string(name), onOff(s.wish.Load())))
-		case off && s.wish.Swap(false):
-			s.emit(appendParameter(nil, string(name), "off"))
+		s.cmu.Lock()
+		if s.pid == 0 { // still starting up, and it has been told nothing
+			s.reported = true
+			s.toClient.buf = appendParameter(s.toClient.buf, string(name), onOff(true))
+		} else if off {
+			s.wish.Store(false)
 		}
+		s.reportLocked()
+		s.cmu.Unlock()
 		s.unlocked = off
 		return nil
 	case "standard_conforming_strings":

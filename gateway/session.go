@@ -42,11 +42,13 @@ type session struct {
 
 	cmu      sync.Mutex
 	toClient writer
+	reported bool // what the client was last told of default_transaction_read_only
 	gone     bool // the client does not take anything any more
 	doomed   bool // the client does not read and the transaction must go: rows are dropped until it has gone
 
 	backslash atomic.Bool // standard_conforming_strings is off
 	wish      atomic.Bool // the client wants its transactions read only
+	fenced    atomic.Bool // the transaction in progress is read only for lack of quorum
 
 	mu        sync.Mutex
 	changed   sync.Cond // of the fields below
@@ -96,6 +98,7 @@ type session struct {
 	holding    bool // the messages of an extended-protocol batch outside a block are being gathered in unit
 	inBatch    bool // extended-protocol messages came since the last Sync
 	sent       bool // some of them went to the server
+	readOnly   bool // the unit is to be read only
 	executes   int  // Execute messages in the gathered batch
 	wrapBatch  bool // the gathered batch writes
 	discarding bool // ignore everything until Sync, as the server does after an error
@@ -384,6 +387,15 @@ func (s *session) emit(b []byte) {
 // from the server.
 func (s *session) tell(b []byte) error {
 	s.emit(b)
+	return s.flushClient()
+}
+
+// tellReady is tell with ReadyForQuery behind the bytes.
+func (s *session) tellReady(b []byte, status byte) error {
+	s.cmu.Lock()
+	s.toClient.buf = append(s.toClient.buf, b...)
+	s.appendReadyLocked(status)
+	s.cmu.Unlock()
 	return s.flushClient()
 }
 

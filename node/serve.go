@@ -60,6 +60,9 @@ func (n *Node) Status() admin.Status {
 	if c == nil {
 		return s
 	}
+	if s.Writes && n.access() != gateway.ReadWrite {
+		s.Writes, s.Reason = false, n.noQuorum().Error()
+	}
 	view := c.Status()
 	s.Leader, s.Term, s.CommitIndex = view.Leader, view.Term, view.CommitIndex
 	switch view.State {
@@ -112,7 +115,8 @@ func (n *Node) openGateway(context.Context) error {
 		ServerAddress:  address,
 		Database:       n.cfg.Postgres.Database,
 		Coordinator:    coordinator{n},
-		Accepting:      n.accepting,
+		Accepting:      n.admitting,
+		Access:         n.access,
 		Terminate:      n.terminate,
 		MaxConnections: n.cfg.Limits.Clients,
 		MaxMessage:     int(n.cfg.Limits.Message),

@@ -33,7 +33,13 @@ type Config struct {
 	// cannot be known 08007. Default 10s, at least 100ms. Shorter than an election (about 2s), and every change of
 	// leader fails commits.
 	CommitTimeout time.Duration `yaml:"commit_timeout,omitempty"`
-	Log           Log           `yaml:"log,omitempty"`
+	// ReadsWithoutQuorum says whether a node that is cut off from the majority goes on to answer reads: allow (default),
+	// until they may be older than MaxStaleness, or refuse. Writes are always refused then.
+	ReadsWithoutQuorum string `yaml:"reads_without_quorum,omitempty"`
+	// MaxStaleness is how long after it last heard from a majority a node still answers reads. Then sessions end with
+	// 57P03, and new ones are refused. Default 10s, at least 1s. Up to about 3s, and a change of leader ends sessions.
+	MaxStaleness time.Duration `yaml:"max_staleness,omitempty"`
+	Log          Log           `yaml:"log,omitempty"`
 	// Pprof serves Go's profiles under /debug/pprof/ on the HTTP address. They show memory contents: off by default.
 	Pprof bool `yaml:"pprof,omitempty"`
 }

@@ -126,6 +126,8 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"managed: true, auth: trust", "managed: false", `postgres.host: is required`},
 		{"node: 1", "node: 1\ncommit_timeout: 50ms", `commit_timeout: "50ms": must be from 100ms to 1h`},
 		{"node: 1", "node: 1\ncommit_timeout: soon", `line 4: commit_timeout: "soon": must be a duration`},
+		{"node: 1", "node: 1\nreads_without_quorum: maybe", `reads_without_quorum: "maybe": must be one of allow, refuse`},
+		{"node: 1", "node: 1\nmax_staleness: 500ms", `max_staleness: "500ms": must be from 1s to 24h`},
 		{"node: 1", "node: 1\nlimits: {message: 1GB}", `line 4: limits.message: "1GB" is not a size`},
 		{"node: 1", "node: 1\nlimits: {message: 1KiB}", `limits.message: "1KiB": must be from 64KiB to 1GiB`},
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},

@@ -108,6 +108,8 @@ func (c *Config) complete(dir string) {
 	orDefault(&c.Limits.ApplyTransactions, 4096)
 	orDefault(&c.Limits.ApplyMemory, 64<<20)
 	orDefault(&c.CommitTimeout, defaultCommitTimeout)
+	text(&c.ReadsWithoutQuorum, ReadsAllowed)
+	orDefault(&c.MaxStaleness, defaultMaxStaleness)
 	text(&c.Log.Level, "info")
 	text(&c.Log.Format, "text")
 }

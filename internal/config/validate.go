@@ -13,7 +13,16 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-const defaultCommitTimeout = 10 * time.Second
+const (
+	defaultCommitTimeout = 10 * time.Second
+	defaultMaxStaleness  = 10 * time.Second
+)
+
+// The values of Config.ReadsWithoutQuorum.
+const (
+	ReadsAllowed = "allow"
+	ReadsRefused = "refuse"
+)
 
 // Problem is one thing that is wrong with a configuration.
 type Problem struct {
@@ -131,6 +140,10 @@ func (c Config) Validate() error {
 	v.size("limits.apply_memory", c.Limits.ApplyMemory, 1<<20, 1<<40)
 	if c.CommitTimeout < 100*time.Millisecond || c.CommitTimeout > time.Hour {
 		v.add("commit_timeout", c.CommitTimeout.String(), "must be from 100ms to 1h")
+	}
+	v.oneOf("reads_without_quorum", c.ReadsWithoutQuorum, ReadsAllowed, ReadsRefused)
+	if c.MaxStaleness < time.Second || c.MaxStaleness > 24*time.Hour {
+		v.add("max_staleness", c.MaxStaleness.String(), "must be from 1s to 24h")
 	}
 	v.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	v.oneOf("log.format", c.Log.Format, "text", "json")
