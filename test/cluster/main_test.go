@@ -125,7 +125,7 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 }
 
 func verifyShared(t *testing.T, c *cluster.Cluster) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if t.Failed() {
 		t.Log(c.Activity(ctx)) // before anything is waited for
