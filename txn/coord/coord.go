@@ -46,8 +46,9 @@ type Config struct {
 	Database    string
 	Order       Order
 	Visibility  Visibility
-	// CommitTimeout bounds how long a commit may wait to be ordered; then it is undone where it certainly was not,
-	// and reported as unknown where it may have been. Default 10 s.
+	// CommitTimeout bounds how long a commit may wait for the log's verdict, from when its write set is complete; of a
+	// large write set, for each part. Then it is undone where it certainly was not ordered, and reported as unknown where
+	// it may have been. Default 10 s.
 	CommitTimeout time.Duration
 	Logger        *slog.Logger
 	Registerer    prometheus.Registerer
@@ -217,6 +218,8 @@ func discard(parts txn.Parts) {
 // enqueue is called with mu held.
 func (c *Coordinator) enqueue(t *Transaction) {
 	t.state = queued
+	t.deadline = time.Now().Add(c.cfg.CommitTimeout)
+	t.timer = time.AfterFunc(c.cfg.CommitTimeout, t.expire)
 	c.queue = append(c.queue, t)
 	if c.coming == 0 {
 		c.due.Signal()
@@ -241,7 +244,9 @@ func (c *Coordinator) take() []*Transaction {
 		for (len(c.queue) == 0 || c.waiting > maxUnfinished) && !c.closed {
 			c.due.Wait()
 		}
-		if c.gather(); c.closed || len(c.queue) > 0 {
+		c.gather()
+		c.dropLate()
+		if c.closed || len(c.queue) > 0 {
 			break
 		}
 	}
@@ -259,6 +264,21 @@ func (c *Coordinator) take() []*Transaction {
 	}
 	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
 	return batch
+}
+
+// dropLate gives up what has waited nearly as long as it may: an attempt with so little time left would most likely end
+// as unknown, for it and for all that are in the batch with it. Called with mu held.
+func (c *Coordinator) dropLate() {
+	soon := time.Now().Add(c.cfg.CommitTimeout / 10)
+	for len(c.queue) > 0 && c.queue[0].deadline.Before(soon) {
+		c.unqueue(c.queue[0]).abort(txn.AbortNoQuorum)
+	}
+}
+
+// unqueue is called with mu held.
+func (c *Coordinator) unqueue(t *Transaction) *Transaction {
+	c.queue = slices.DeleteFunc(c.queue, func(q *Transaction) bool { return q == t })
+	return t
 }
 
 // gatherTimeout bounds gather: the server may check deferred constraints for long before it writes a marker.
@@ -312,29 +332,32 @@ func (c *Coordinator) propose(ctx context.Context, batch []*Transaction) {
 		sets[i] = t.set
 	}
 	c.metrics.batch.Observe(float64(len(batch)))
-	err := c.persist(ctx, codec.AppendTransactions(nil, sets))
-	if err == nil {
-		return // the verdicts come with the log
-	}
+	err := c.persist(ctx, batch[0].deadline, codec.AppendTransactions(nil, sets))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, t := range batch {
-		if t.state != proposed {
-			continue // the log has spoken meanwhile
-		}
-		if errors.Is(err, txn.ErrNoQuorum) {
+		switch {
+		case t.state != proposed:
+			// the log has spoken meanwhile
+		case err == nil:
+			// The verdict comes with the log, unless this node is cut off from it.
+			if t.ordered = true; t.expired {
+				t.giveUp(errNoVerdict)
+			}
+		case errors.Is(err, txn.ErrNoQuorum):
 			t.abort(txn.AbortNoQuorum)
-		} else {
-			c.cfg.Logger.Warn("commit outcome unknown", logkey.GID, t.gid, logkey.Error, err)
-			t.send(txn.Event{Step: txn.StepUnknown})
+		default:
+			t.giveUp(err)
 		}
 	}
 }
 
-// persist proposes data until it is in the log or CommitTimeout is over. The error wraps ErrNoQuorum only if no
+var errNoVerdict = errors.New("it is in the log, but the log does not come")
+
+// persist proposes data until it is in the log or the deadline has passed. The error wraps ErrNoQuorum only if no
 // attempt can have reached the log.
-func (c *Coordinator) persist(ctx context.Context, data []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.CommitTimeout)
+func (c *Coordinator) persist(ctx context.Context, deadline time.Time, data []byte) error {
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	maybe := false
 	for {
@@ -363,7 +386,7 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 			if err != nil {
 				return fmt.Errorf("read spilled changes: %w", err)
 			}
-			if err := c.persist(context.Background(), codec.AppendChunk(nil, &codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
+			if err := c.persist(context.Background(), time.Now().Add(c.cfg.CommitTimeout), codec.AppendChunk(nil, &codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
 				return err
 			}
 			c.mu.Lock()
@@ -383,13 +406,15 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 	if err != nil && !errors.Is(err, txn.ErrClosed) {
 		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
-	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks.
-	if err := c.persist(context.Background(), codec.AppendAbort(nil, codec.Abort{GID: t.gid, Reason: txn.AbortRequested})); err != nil {
+	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks. The
+	// client need not wait for that.
+	c.mu.Lock()
+	t.abort(txn.AbortNoQuorum)
+	c.mu.Unlock()
+	deadline := time.Now().Add(c.cfg.CommitTimeout)
+	if err := c.persist(context.Background(), deadline, codec.AppendAbort(nil, codec.Abort{GID: t.gid, Reason: txn.AbortRequested})); err != nil {
 		c.cfg.Logger.Warn("abort a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	t.abort(txn.AbortNoQuorum)
 }
 
 // finish ends a transaction that was decided. Called with mu held.
@@ -414,6 +439,7 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 		c.metrics.order.Observe(time.Since(t.marked).Seconds())
 	}
 	c.metrics.decided.WithLabelValues(v.Reason.String()).Inc()
+	t.timer.Stop()
 	if v.Commits() {
 		t.state, t.csn = decided, v.CSN
 		t.set = nil

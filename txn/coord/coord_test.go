@@ -417,6 +417,76 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 	})
 }
 
+// A node that is cut off right after its proposal was accepted never sees the verdict.
+func TestNoVerdict(t *testing.T) {
+	run(t, func(b bench) {
+		tx := b.begin()
+		b.mark(tx)
+		start := time.Now()
+		(<-b.order.proposals).answer <- nil
+		b.want(tx, txn.StepUnknown)
+		if waited := time.Since(start); waited != 10*time.Second {
+			b.Errorf("waited %s", waited)
+		}
+		tx.Close()
+		if b.Decided(tx.GID(), txn.Verdict{CSN: 30}) == nil {
+			b.Error("must stay known: the log applies it")
+		}
+	})
+}
+
+// Wherever commits wait while nothing can be ordered, none waits for longer than CommitTimeout: not behind others
+// either.
+func TestQueueDoesNotAddUpWaits(t *testing.T) {
+	run(t, func(b bench) {
+		start := time.Now()
+		var all []*Transaction
+		for range 10 {
+			tx := b.begin()
+			b.mark(tx)
+			all = append(all, tx)
+			synctest.Wait() // each in a batch of its own, or behind one that is under way
+			time.Sleep(700 * time.Millisecond)
+		}
+		go func() {
+			for {
+				select {
+				case p := <-b.order.proposals:
+					p.answer <- txn.ErrNoQuorum
+				case <-b.Context().Done():
+					return
+				}
+			}
+		}()
+		for i, tx := range all {
+			if e := b.want(tx, txn.StepAbort); e.Reason != txn.AbortNoQuorum {
+				b.Errorf("reason %s", e.Reason)
+			}
+			begun := time.Duration(i) * 700 * time.Millisecond
+			if waited := time.Since(start) - begun; waited > 10*time.Second {
+				b.Errorf("number %d waited %s", i, waited)
+			}
+			b.forget(tx.GID())
+		}
+	})
+}
+
+// What cannot be ordered in parts is given up without waiting for an Abort entry, which cannot be ordered either.
+func TestLargeWriteSetWithoutQuorum(t *testing.T) {
+	run(t, func(b bench) {
+		tx := b.begin()
+		set := someSet()
+		set.Chunks = 1
+		b.Marked(tx.GID(), set, &someParts{parts: [][]byte{{1, 'I'}}}, nil)
+		start := time.Now()
+		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
+		b.want(tx, txn.StepAbort) // its last entry was not even proposed
+		if waited := time.Since(start); waited != 10*time.Second {
+			b.Errorf("waited %s", waited)
+		}
+	})
+}
+
 func TestDuplicateVerdictIsIgnored(t *testing.T) {
 	run(t, func(b bench) {
 		tx := b.begin()

@@ -2,10 +2,10 @@ package coord
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"github.com/quorate/quorate/internal/invariant"
+	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -36,6 +36,8 @@ type Transaction struct {
 	marked     time.Time
 	events     chan txn.Event
 	finished   chan struct{} // closed when the session has said Committed or Lost
+	deadline   time.Time     // for the verdict; set when queued
+	timer      *time.Timer   // calls expire then
 
 	// Guarded by c.mu.
 	state     state
@@ -44,6 +46,8 @@ type Transaction struct {
 	awaitedBy uint64 // the batch that is being gathered and waits for this one
 	lost      bool   // the local transaction is gone: if the log commits it, the log is applied
 	told      bool   // finished is closed
+	ordered   bool   // certainly in the log
+	expired   bool   // deadline has passed
 	committed bool
 	orphan    bool // the session is gone: nobody reads events
 }
@@ -91,6 +95,25 @@ func (t *Transaction) abort(reason txn.AbortReason) {
 	t.send(txn.Event{Step: txn.StepAbort, Reason: reason})
 }
 
+// expire ends the wait for the verdict. While a proposal is under way its outcome tells which end that is.
+func (t *Transaction) expire() {
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	t.expired = true
+	switch {
+	case t.state == queued:
+		t.c.unqueue(t).abort(txn.AbortNoQuorum)
+	case t.state == proposed && t.ordered:
+		t.giveUp(errNoVerdict)
+	}
+}
+
+// giveUp tells the session that the outcome is unknown. The log's verdict may still come. Called with mu held.
+func (t *Transaction) giveUp(why error) {
+	t.c.cfg.Logger.Warn("commit outcome unknown", logkey.GID, t.gid, logkey.Error, why)
+	t.send(txn.Event{Step: txn.StepUnknown})
+}
+
 // Release lets the held-back COMMIT through. It does not block; Finished tells the end.
 func (t *Transaction) Release() {
 	t.c.mu.Lock()
@@ -133,8 +156,7 @@ func (t *Transaction) reportLocked(committed bool) {
 		t.c.finish(t)
 		t.c.metrics.total.Observe(time.Since(t.begun).Seconds())
 	case t.state == queued:
-		t.c.queue = slices.DeleteFunc(t.c.queue, func(q *Transaction) bool { return q == t })
-		t.abort(txn.AbortEvicted)
+		t.c.unqueue(t).abort(txn.AbortEvicted)
 	case t.state == registered:
 		t.c.arrived(t)
 		t.abort(txn.AbortEvicted)
@@ -166,6 +188,9 @@ func (t *Transaction) Close() {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
 	t.orphan = true
+	if t.timer != nil {
+		t.timer.Stop()
+	}
 	switch t.state {
 	case registered:
 		t.c.arrived(t)
