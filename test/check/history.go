@@ -166,6 +166,9 @@ func (o *Op) validate() error {
 	return nil
 }
 
+// mostActions is how many actions of a transaction are shown: a final read has many, and what matters is said beside it.
+const mostActions = 16
+
 // longest is how many elements of a list are shown; the rest is at its beginning.
 const longest = 8
 
@@ -229,6 +232,10 @@ func (o Op) String() string {
 	for i, action := range o.Do {
 		if i > 0 {
 			b.WriteString(", ")
+		}
+		if i == mostActions {
+			fmt.Fprintf(&b, "… %d more", len(o.Do)-i)
+			break
 		}
 		b.WriteString(action.String())
 	}

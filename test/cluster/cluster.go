@@ -186,7 +186,12 @@ func (c *Cluster) KillNode(ctx context.Context, i int) error {
 	}
 	return poll(ctx, func() error {
 		p, err := ReadProcess(pid)
-		if errors.Is(err, os.ErrNotExist) || err == nil && p.Zombie {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		// The first thread may be a zombie while others, and with them the files and locks, are still there.
+		threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid)) // gone meanwhile: none
+		if err == nil && p.Zombie && len(threads) <= 1 {
 			return nil
 		}
 		return errors.Join(err, fmt.Errorf("kill node %d: process %d still runs", i, pid))
@@ -233,6 +238,24 @@ func (c *Cluster) AwaitNode(ctx context.Context, i int) error {
 		}
 		return nil
 	})
+}
+
+// NodeRuns reports whether the sidecar of node i runs.
+func (c *Cluster) NodeRuns(i int) bool {
+	if p := c.singles[i]; p != nil {
+		select {
+		case <-p.done:
+			return false
+		default:
+			return true
+		}
+	}
+	pid, err := c.SidecarPID(i)
+	if err != nil {
+		return false
+	}
+	p, err := ReadProcess(pid)
+	return err == nil && !p.Zombie
 }
 
 // NodeDir is the directory of node i.

@@ -174,13 +174,14 @@ func (c *client) attempt(ctx context.Context, p plan, t *transaction) (sent bool
 }
 
 // outcome is what a client knows after an error, or none. sent says that the server may have got the statement that
-// commits; without it nothing is committed.
+// commits; without it nothing is committed. (pgconn.SafeToRetry does not say so: it is also true of a connection that
+// breaks when a statement was sent already, and then all is unknown.)
 func outcome(sent bool, err error) check.Outcome {
 	var pgErr *pgconn.PgError
 	switch {
 	case err == nil:
 		return check.OK
-	case !sent, errors.Is(err, errRolledBack), errors.Is(err, errGiveUp), pgconn.SafeToRetry(err):
+	case !sent, errors.Is(err, errRolledBack), errors.Is(err, errGiveUp):
 		return check.Failed
 	case errors.As(err, &pgErr) && certain(pgErr.Code):
 		return check.Failed
