@@ -14,8 +14,10 @@ import (
 // the node is fenced, but it still votes, stores the log and answers those who ask how it is.
 func (n *Node) live(ctx context.Context, i *incarnation) {
 	var waits patience
+	catchingUp := "the node is catching up with the cluster"
 	for {
 		began := time.Now()
+		n.states.set(stateCatchingUp, catchingUp)
 		cause := n.accompany(ctx, i)
 		waits.lasted(time.Since(began))
 		if ctx.Err() != nil {
@@ -26,7 +28,10 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 		case ctx.Err() != nil, hopeless(cause):
 			n.states.set(stateFailed, cause.Error())
 		default:
-			n.states.set(stateRecovering, reasonOf(cause))
+			reason := reasonOf(cause)
+			n.states.set(stateRecovering, reason)
+			// It may not be over: who looks should not have to be there at the right moment.
+			catchingUp = "the node is catching up with the cluster; it had stopped because: " + reason
 		}
 		if err := i.end(); err != nil {
 			n.log.Warn("end of what worked with PostgreSQL", logkey.Error, err)
@@ -47,7 +52,6 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 // accompany makes the node active when the incarnation has caught up, and returns why it has ended.
 func (n *Node) accompany(ctx context.Context, i *incarnation) error {
 	defer context.AfterFunc(ctx, func() { i.fail(context.Cause(ctx)) })()
-	n.states.set(stateCatchingUp, "the node is catching up with the cluster")
 	began := time.Now()
 	err := i.catchUp(i.ctx)
 	if err == nil {

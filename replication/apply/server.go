@@ -68,6 +68,7 @@ func (p *Pipeline) Verify(ctx context.Context, conn *pgconn.PgConn) error {
 // watchServer holds a connection only to notice at once that it ends. Workers may all be idle when the server crashes;
 // a local transaction of its next life must not become visible.
 func (p *Pipeline) watchServer(ctx context.Context) error {
+	lost := time.Now()
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		held, err := p.holdConnection(ctx)
 		p.mu.Lock()
@@ -83,7 +84,10 @@ func (p *Pipeline) watchServer(ctx context.Context) error {
 			return fmt.Errorf("%w: %w", ErrServerLost, err)
 		}
 		if held {
-			wait = 10 * time.Millisecond
+			wait, lost = 10*time.Millisecond, time.Now()
+		}
+		if time.Since(lost) > p.cfg.RetryFor {
+			return fmt.Errorf("no connection to watch PostgreSQL with for %v: %w", p.cfg.RetryFor, err)
 		}
 		p.log.Warn("the connection that watches PostgreSQL ended, reconnecting", logkey.Error, err)
 		if err := pause(ctx, wait); err != nil {

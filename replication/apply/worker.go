@@ -178,7 +178,8 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 		*failing = time.Now()
 	}
 	if time.Since(*failing) > w.p.cfg.RetryFor {
-		return fmt.Errorf("apply transaction %d: still failing after %v: %w", e.last, w.p.cfg.RetryFor, cause)
+		// The server's error alone: cause would call it a divergence, which this is not.
+		return fmt.Errorf("apply transaction %d: still failing after %v: %w", e.last, w.p.cfg.RetryFor, server)
 	}
 	log.Warn("transaction cannot be applied at present, retrying", logkey.SQLState, server.Code, logkey.Error, cause)
 	return pause(ctx, min(max(time.Since(*failing)/4, time.Millisecond), time.Second))

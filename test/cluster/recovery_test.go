@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/quorate/quorate/test/cluster"
@@ -26,7 +27,8 @@ import (
 // TestRecovery kills parts of one cluster, one after the other and under load: everything that was acknowledged is
 // there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
 func TestRecovery(t *testing.T) {
-	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
+	c, _ := private(t, cluster.Options{Binary: command(t, withRace)})
+	ctx := t.Context() // each fault has a bound of its own
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
 		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",
@@ -45,8 +47,14 @@ func TestRecovery(t *testing.T) {
 		{"NodeKilled", nodeKilled},
 		{"AllKilled", allKilled},
 		{"SessionDiesBeforeItsTurn", sessionDiesBeforeItsTurn},
+		{"ConnectionsExhausted", connectionsExhausted},
+		{"PostgresDiskFull", postgresDiskFull},
+		{"SpillDiskFull", spillDiskFull},
+		{"Diverged", diverged},
 	} {
 		if !t.Run(s.name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(ctx, testTimeout)
+			defer cancel()
 			s.run(t, ctx, c)
 			if err := c.Verify(ctx); err != nil {
 				t.Error(err)
@@ -279,18 +287,20 @@ func leaderOf(t *testing.T, ctx context.Context, c *cluster.Cluster) (leader, fo
 // awaitState waits until node i says of itself that it is in a state, for a reason with these words.
 func awaitState(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, state, reason string) {
 	t.Helper()
-	eventually(t, ctx, func() error {
-		all, err := members(ctx, c, i)
-		if err != nil {
-			return err
+	eventually(t, ctx, func() error { return isState(ctx, c, i, state, reason) })
+}
+
+func isState(ctx context.Context, c *cluster.Cluster, i int, state, reason string) error {
+	all, err := members(ctx, c, i)
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if m.ID == i && (m.State != state || !strings.Contains(m.Reason, reason) || m.Writes != (state == "active")) {
+			return fmt.Errorf("node %d is %+v, want state %q and reason %q", i, m, state, reason)
 		}
-		for _, m := range all {
-			if m.ID == i && (m.State != state || !strings.Contains(m.Reason, reason) || m.Writes != (state == "active")) {
-				return fmt.Errorf("node %d is %+v, want state %q and reason %q", i, m, state, reason)
-			}
-		}
-		return nil
-	})
+	}
+	return nil
 }
 
 func others(c *cluster.Cluster, but ...int) (nodes []int) {
@@ -490,6 +500,155 @@ func sessionDiesBeforeItsTurn(t *testing.T, ctx context.Context, c *cluster.Clus
 		t.Errorf("COMMIT of the session that was ended: %v", err)
 	}
 	everywhere(t, ctx, c, "ahead,doomed", "SELECT string_agg(v, ',' ORDER BY id) FROM spots WHERE id < 3")
+}
+
+// connectionsExhausted: a node that gets no connection to its PostgreSQL fences itself, says why, and goes on when there
+// are some again.
+func connectionsExhausted(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	l := startLoad(t, ctx, c)
+	first := direct(t, ctx, c, 3)
+	taken := []*pgx.Conn{first}
+	take := func() {
+		for {
+			conn, err := c.Direct(ctx, 3)
+			if cluster.SQLState(err) == "53300" {
+				return
+			}
+			if err == nil {
+				taken = append(taken, conn)
+			}
+		}
+	}
+	take()
+	l.awaitCommits(ctx, 20) // what has its connections goes on
+	// The node's own are ended, and their places taken before it gets them back.
+	must(t, ctx, first, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name LIKE 'quorate%'")
+	eventually(t, ctx, func() error {
+		take()
+		return isState(ctx, c, 3, "recovering", "too many clients")
+	})
+	l.awaitCommits(ctx, 20, 1, 2)
+	for _, conn := range taken {
+		_ = conn.Close(ctx) // the node may have ended it
+	}
+	l.awaitCommits(ctx, 20)
+	awaitState(t, ctx, c, 3, "active", "")
+	l.finish(ctx)
+}
+
+// postgresDiskFull: the table's disk on one node is full. It fences itself, the others go on, and when there is room
+// again it catches up by itself.
+func postgresDiskFull(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	for i := 1; i <= c.Nodes; i++ {
+		dir := filepath.Join(c.NodeDir(i), "small")
+		check(t, os.Mkdir(dir, 0o755))
+		if i == 2 {
+			mountSmall(t, dir, "1m")
+		}
+		own(t, dir, filepath.Join(c.NodeDir(i), "pgdata"))
+		conn := direct(t, ctx, c, i)
+		must(t, ctx, conn, "SET default_transaction_read_only = off")
+		must(t, ctx, conn, "CREATE TABLESPACE small LOCATION '"+dir+"'")
+		check(t, conn.Close(ctx))
+	}
+	create(t, ctx, c, "CREATE TABLE filled (id int PRIMARY KEY, v text) TABLESPACE small")
+	conn := gateway(t, ctx, c, 1)
+	must(t, ctx, conn, "ALTER TABLE filled ALTER v SET STORAGE plain")
+	must(t, ctx, conn, "INSERT INTO filled SELECT i, repeat('x', 5000) FROM generate_series(1, 500) i")
+	awaitState(t, ctx, c, 2, "recovering", "No space left on device")
+	_, err := c.Connect(ctx, 2)
+	if cluster.SQLState(err) != "57P03" || !strings.Contains(err.Error(), "No space left on device") {
+		t.Errorf("connect to the node meanwhile: %v", err)
+	}
+	must(t, ctx, conn, "INSERT INTO filled VALUES (0)")
+	check(t, syscall.Mount("tmpfs", filepath.Join(c.NodeDir(2), "small"), "tmpfs", syscall.MS_REMOUNT, "size=50m"))
+	awaitState(t, ctx, c, 2, "active", "")
+	everywhere(t, ctx, c, int64(501), "SELECT count(*) FROM filled")
+	must(t, ctx, conn, "DROP TABLE filled")
+	check(t, c.Settle(ctx))
+	for i := 1; i <= c.Nodes; i++ {
+		conn := direct(t, ctx, c, i)
+		must(t, ctx, conn, "SET default_transaction_read_only = off")
+		must(t, ctx, conn, "DROP TABLESPACE small")
+		check(t, conn.Close(ctx))
+	}
+}
+
+// spillDiskFull: a large transaction that cannot be recorded fails alone.
+func spillDiskFull(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	mountSmall(t, filepath.Join(c.NodeDir(1), "spill"), "1m")
+	create(t, ctx, c, "CREATE TABLE spilled (id int PRIMARY KEY, v text)")
+	conn := gateway(t, ctx, c, 1)
+	_, err := conn.Exec(ctx, "INSERT INTO spilled SELECT i, repeat(md5(i::text), 100) FROM generate_series(1, 5000) i")
+	if err == nil {
+		t.Error("a transaction whose changes found no room was committed")
+	}
+	t.Logf("the client hears: %v", err)
+	must(t, ctx, conn, "INSERT INTO spilled VALUES (1)")
+	awaitState(t, ctx, c, 1, "active", "")
+	everywhere(t, ctx, c, int64(1), "SELECT count(*) FROM spilled")
+}
+
+// mountSmall mounts a file system of this size until the end of the test.
+func mountSmall(t *testing.T, dir, size string) {
+	t.Helper()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Skipf("a small file system cannot be mounted here: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// own gives dir to the owner of like.
+func own(t *testing.T, dir, like string) {
+	t.Helper()
+	info, err := os.Stat(like)
+	check(t, err)
+	of := info.Sys().(*syscall.Stat_t)
+	check(t, os.Chown(dir, int(of.Uid), int(of.Gid)))
+}
+
+// diverged: a row that is gone on one node makes that node stop, for good, when the log changes the row; it votes on.
+// With the row put back it goes on where it stopped, when it is started again.
+func diverged(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	leader, victim := leaderOf(t, ctx, c)
+	behind := direct(t, ctx, c, victim)
+	for _, sql := range []string{"SET default_transaction_read_only = off", "SET session_replication_role = replica", "DELETE FROM spots WHERE id = 7"} {
+		must(t, ctx, behind, sql)
+	}
+	l := startLoad(t, ctx, c)
+	open := gateway(t, ctx, c, victim)
+	must(t, ctx, gateway(t, ctx, c, leader), "UPDATE spots SET v = 'seven' WHERE id = 7")
+	awaitState(t, ctx, c, victim, "failed", `UPDATE public.spots (id=7): touched 0 rows, not 1`)
+	if _, err := c.Connect(ctx, victim); cluster.SQLState(err) != "57P03" || !strings.Contains(err.Error(), "diverged") {
+		t.Errorf("connect to the node: %v", err)
+	}
+	if _, err := open.Exec(ctx, "SELECT 1"); err == nil {
+		t.Error("a session of the node goes on")
+	}
+	if m := metric(t, ctx, c, victim, `quorate_node_state{state="failed"}`); m != "1" {
+		t.Errorf("metric of the state is %q", m)
+	}
+	l.awaitCommits(ctx, 20, others(c, victim)...)
+	// It still votes: with another node down, it is needed.
+	third := others(c, victim, leader)[0]
+	check(t, c.KillNode(ctx, third))
+	l.awaitCommits(ctx, 20, leader)
+	check(t, c.StartNode(third))
+
+	behind = direct(t, ctx, c, victim)
+	for _, sql := range []string{"SET default_transaction_read_only = off", "SET session_replication_role = replica", "INSERT INTO spots VALUES (7, '')"} {
+		must(t, ctx, behind, sql)
+	}
+	check(t, behind.Close(ctx))
+	check(t, c.KillNode(ctx, victim))
+	check(t, c.StartNode(victim))
+	l.awaitCommits(ctx, 20)
+	l.finish(ctx)
+	everywhere(t, ctx, c, "seven", "SELECT v FROM spots WHERE id = 7")
 }
 
 // metric is the value of one of a node's metrics, "" if there is none of that name.
