@@ -80,7 +80,7 @@ func (n *Node) openConsensus(context.Context) error {
 		Registerer:  n.metrics,
 	}, machine{n.current.Load()})
 	if err != nil {
-		return err
+		return errors.Join(context.Cause(n.current.Load().ctx), err)
 	}
 	n.consensus.Store(c)
 	n.onClose(func(context.Context) error { return c.Close() })

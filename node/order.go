@@ -93,8 +93,10 @@ func (m machine) Restore(r io.Reader) error {
 		return err
 	}
 	if begins := m.machine.LastCSN(); begins > m.start {
-		return fmt.Errorf("PostgreSQL has transactions up to %d only, and the log no longer those up to %d: it was set back, or is not this node's; clone the node: %w",
+		err := fmt.Errorf("PostgreSQL has transactions up to %d only, and the log no longer those up to %d: it was set back, or is not this node's; clone the node: %w",
 			m.start, begins, txn.ErrDiverged)
+		m.fail(err) // Raft does not pass on what it is told, and tries an older snapshot
+		return err
 	}
 	return nil
 }

@@ -1,0 +1,150 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
+	"github.com/quorate/quorate/txn"
+)
+
+// TestLogForgetsOnlyWhatIsDurable: what a snapshot covers, the node's own transactions included, is still there after
+// PostgreSQL was killed, although their commits were asynchronous; and the node comes back from that snapshot, as the
+// same process and as another one. A PostgreSQL that was set back behind it is found out.
+func TestLogForgetsOnlyWhatIsDurable(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg := loneNode(t)
+	n := openNode(t, ctx, cfg)
+	write := func(count int) {
+		t.Helper()
+		conn, err := pgconn.Connect(ctx, "postgres://postgres@"+cfg.Listen.Gateway+"/postgres?sslmode=disable")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close(ctx) }() // its work is done
+		for range count {
+			if _, err := conn.Exec(ctx, "INSERT INTO t DEFAULT VALUES").ReadAll(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	create, err := pgconn.Connect(ctx, "postgres://postgres@"+cfg.Listen.Gateway+"/postgres?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Nothing but a snapshot, and markers, which come before the commits, flushes the WAL.
+	if _, err := create.Exec(ctx, "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY)").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	if err := create.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	write(30)
+	covered := n.current.Load().machine.LastCSN()
+	if covered != 31 {
+		t.Fatalf("%d transactions, want 31", covered)
+	}
+	if err := n.consensus.Load().TakeSnapshot(); err != nil {
+		t.Fatal(err)
+	}
+	first := n.current.Load()
+	if durable := first.pipeline.Durable(); durable < covered {
+		t.Errorf("a snapshot covers %d, and %d is durable", covered, durable)
+	}
+	if err := syscall.Kill(n.server.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	awaitActive(t, ctx, n, first)
+	again := n.current.Load()
+	if again.start < covered || again.id == first.id {
+		t.Errorf("after the crash PostgreSQL is at %d, the snapshot at %d; incarnation %x after %x", again.start, covered, again.id, first.id)
+	}
+	write(10)
+	if err := n.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	n = openNode(t, ctx, cfg)
+	write(10)
+	conn, err := n.connect(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows, err := conn.Exec(ctx, "SELECT count(*) FROM t; TRUNCATE quorate.applied_even, quorate.applied_odd").ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(rows[0].Rows[0][0]); got != "50" {
+		t.Errorf("%s rows, want 50", got)
+	}
+	if err := errors.Join(conn.Close(ctx), n.Close(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if set, err := Open(ctx, cfg, "test", slog.New(slog.DiscardHandler)); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "set back") {
+		t.Errorf("opened on a PostgreSQL that was set back: %v", err)
+		if err == nil {
+			_ = set.Close(ctx) // the test has failed
+		}
+	}
+}
+
+// loneNode is the configuration of a cluster of one.
+func loneNode(t *testing.T) config.Config {
+	t.Helper()
+	dir := pgtest.Dir(t, true)
+	address := func() string { return fmt.Sprintf("127.0.0.1:%d", pgtest.FreePort(t)) }
+	c := config.Config{
+		Cluster: "lone", Node: 1, DataDir: filepath.Join(dir, "node"),
+		Postgres: config.Postgres{
+			Managed: true, BinDir: pgtest.Install(t, 18).BinDir, DataDir: filepath.Join(dir, "pgdata"), Host: "127.0.0.1",
+			Port: pgtest.FreePort(t), Superuser: "postgres", Auth: "trust", Database: "postgres",
+			Settings: map[string]string{"wal_writer_delay": "10s", "wal_writer_flush_after": "100MB"},
+		},
+		Listen: config.Listen{Gateway: address(), GRPC: address(), HTTP: address(), Raft: address()},
+		Apply:  config.Apply{Workers: 2},
+	}
+	c.Members = []config.Member{{ID: 1, Raft: c.Listen.Raft, GRPC: c.Listen.GRPC}}
+	file := filepath.Join(dir, "quorate.yaml")
+	if err := c.Save(file); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(file) // with all defaults
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func openNode(t *testing.T, ctx context.Context, cfg config.Config) *Node {
+	t.Helper()
+	n, err := Open(ctx, cfg, "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = n.Close(context.Background()) }) // closed before, unless the test has failed
+	awaitActive(t, ctx, n, nil)
+	return n
+}
+
+// awaitActive waits until the node is active in an incarnation that follows last.
+func awaitActive(t *testing.T, ctx context.Context, n *Node, last *incarnation) {
+	t.Helper()
+	for n.states.current().name != stateActive || n.current.Load() == last {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the node is not active: %+v", n.states.current())
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
