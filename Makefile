@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench stress model verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench stress chaos faults model verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -31,6 +31,17 @@ bench: build
 STRESS ?= 60s
 stress:
 	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -timeout 2h -v -run TestStress ./test/cluster
+
+# A cluster under load, broken in every way that test/faults knows, for as long as DURATION. The same SEED breaks the same
+# things at the same times; without one it is drawn. Root has faults of the network too.
+DURATION ?= 1m
+chaos:
+	$(GO) run ./test/chaos $(if $(SEED),-seed $(SEED)) -duration $(DURATION)
+
+# How long each fault keeps clients from committing: the table in docs/faults.md.
+ROUNDS ?= 5
+faults:
+	$(GO) run ./test/chaos -measure $(ROUNDS)
 
 # The commit protocol and recovery, checked exhaustively; see model/README.md. It needs Debian's spin.
 model:

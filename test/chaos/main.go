@@ -2,6 +2,10 @@
 // were told.
 //
 //	go run ./test/chaos -seed 7 -duration 1m
+//
+// Or it measures how long faults keep clients from committing:
+//
+//	go run ./test/chaos -measure 5
 package main
 
 import (
@@ -35,6 +39,7 @@ func command(ctx context.Context) (err error) {
 	flag.DurationVar(&o.Duration, "duration", time.Minute, "how long faults go on")
 	race := flag.Bool("race", false, "with the race detector in the nodes, which makes them slow")
 	kinds := flag.String("faults", "", "only these `kinds`, separated by commas; default all: "+fmt.Sprint(slices.Concat(faults.OnProcesses, faults.OnNetwork)))
+	measure := flag.Int("measure", 0, "instead, measure how long each fault keeps clients from committing, in so many `rounds`")
 	flag.Parse()
 	if *kinds != "" {
 		for kind := range strings.SplitSeq(*kinds, ",") {
@@ -48,6 +53,9 @@ func command(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	if o.Binary, err = cluster.Build(ctx, dir, *race); err != nil {
 		return err
+	}
+	if *measure > 0 {
+		return Measure(ctx, o.Binary, *measure, os.Stdout)
 	}
 	summary, err := Run(ctx, o)
 	fmt.Print(summary)

@@ -58,6 +58,8 @@ const (
 	clientPause = 20 * time.Millisecond
 	// calm is how long clients go on after everything is mended.
 	calm = 2 * time.Second
+	// calmTimeout is how long nodes have to let go of what they do not need any more.
+	calmTimeout = 30 * time.Second
 	// recoveryTimeout is how long the cluster has, after everything is mended, until all nodes are equal and active.
 	recoveryTimeout = 90 * time.Second
 )
@@ -123,6 +125,10 @@ func (r *run) start(ctx context.Context) (err error) {
 	}
 	r.tell("a cluster of %d has started", nodes)
 	r.injector = faults.NewInjector(r.cluster, r.network)
+	if len(r.Kinds) == 0 {
+		r.Kinds = r.injector.Kinds()
+	}
+	r.summary.Options = r.Options
 	var urls []string
 	for i := 1; i <= nodes; i++ {
 		urls = append(urls, cluster.URL(r.cluster.Gateway(i)))
@@ -159,7 +165,7 @@ func (r *run) work(ctx context.Context) error {
 	err := r.inject(ctx)
 	if err == nil {
 		r.tell("all faults are mended")
-		if err = r.settle(ctx); err == nil {
+		if err = settle(ctx, r.cluster); err == nil {
 			r.tell("all nodes commit again")
 		}
 		wait(ctx, calm)
@@ -172,15 +178,11 @@ func (r *run) work(ctx context.Context) error {
 
 // inject follows the plan.
 func (r *run) inject(ctx context.Context) error {
-	kinds := r.Kinds
-	if len(kinds) == 0 {
-		kinds = r.injector.Kinds()
-	}
 	begun := time.Now()
 	var healing sync.WaitGroup
 	var mu sync.Mutex
 	var errs []error
-	for _, f := range faults.Plan(r.Seed, r.Duration, kinds) {
+	for _, f := range faults.Plan(r.Seed, r.Duration, r.Kinds) {
 		wait(ctx, f.At-time.Since(begun))
 		if ctx.Err() != nil {
 			break
@@ -216,11 +218,11 @@ func wait(ctx context.Context, d time.Duration) {
 }
 
 // settle returns when every node takes writes and shows those of all others.
-func (r *run) settle(ctx context.Context) error {
+func settle(ctx context.Context, c *cluster.Cluster) error {
 	ctx, cancel := context.WithTimeout(ctx, recoveryTimeout)
 	defer cancel()
 	for {
-		err := r.cluster.Settle(ctx)
+		err := c.Settle(ctx)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
@@ -230,7 +232,7 @@ func (r *run) settle(ctx context.Context) error {
 
 // judge checks everything that must hold afterwards.
 func (r *run) judge(ctx context.Context) error {
-	if err := r.settle(ctx); err != nil {
+	if err := settle(ctx, r.cluster); err != nil {
 		return err
 	}
 	if err := r.workload.Final(ctx); err != nil {
@@ -238,9 +240,10 @@ func (r *run) judge(ctx context.Context) error {
 	}
 	report := check.Judge(r.workload.History(), check.PerNode)
 	r.summary.Counts = report.Counts
-	ctx, cancel := context.WithTimeout(ctx, recoveryTimeout)
+	errs := []error{report.Err(), r.cluster.CheckEqual(ctx), r.checkLogs()}
+	ctx, cancel := context.WithTimeout(ctx, calmTimeout)
 	defer cancel()
-	errs := []error{report.Err(), r.cluster.CheckEqual(ctx), r.cluster.CheckLeftovers(ctx), r.checkLogs()}
+	errs = append(errs, r.cluster.CheckLeftovers(ctx))
 	for i := 1; i <= nodes; i++ {
 		errs = append(errs, r.checkResources(ctx, i))
 	}
@@ -254,7 +257,10 @@ type resources struct {
 }
 
 func (r *run) resources(ctx context.Context, i int) (resources, error) {
-	m, err := r.cluster.Metrics(ctx, i)
+	const patience = 5 * time.Second
+	asked, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	m, err := r.cluster.Metrics(asked, i)
 	if err != nil {
 		return resources{}, err
 	}
@@ -321,10 +327,11 @@ func (r *run) keep(failure error) error {
 	if r.workload != nil {
 		save("history.jsonl", func(w io.Writer) error { return check.WriteHistory(w, r.workload.History()) })
 	}
-	if r.cluster != nil {
+	if r.injector != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		save("sessions.log", text(r.cluster.Activity(ctx)))
+		errs = append(errs, r.injector.Dump(ctx)) // into their logs
 		save("nodes.log", text(r.cluster.Logs(1<<30)))
 	}
 	return errors.Join(fmt.Errorf("%w\nagain: make chaos SEED=%d DURATION=%v\nfaults, history and logs: %s\njudge the history again: go run ./test/check/judge -freshness node %s",

@@ -29,6 +29,7 @@ type Injector struct {
 // Active is a fault that has begun.
 type Active struct {
 	What  string // what was done, to whom
+	Node  int    // the one that is hit, or the first of them
 	links map[way]network.Link
 	heal  func(ctx context.Context) error
 }
@@ -96,7 +97,7 @@ func (x *Injector) Inject(ctx context.Context, f Fault) (*Active, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	ch := x.choose(ctx, f)
-	a := &Active{What: fmt.Sprintf("node %d", ch.order[0]), heal: func(context.Context) error { return nil }}
+	a := &Active{What: fmt.Sprintf("node %d", ch.order[0]), Node: ch.order[0], heal: func(context.Context) error { return nil }}
 	err := x.begin(ctx, f.Kind, ch, a)
 	if err != nil {
 		return nil, fmt.Errorf("inject %s: %w", f.Kind, err)
@@ -226,7 +227,7 @@ func (x *Injector) tend(i int) error {
 	if x.down[i] > 0 || x.cluster.NodeRuns(i) {
 		return nil
 	}
-	if !x.ended[i] {
+	if !x.ended[i] && len(x.active) == 0 {
 		x.surprises = append(x.surprises, fmt.Errorf("node %d ended by itself", i))
 	}
 	x.ended[i] = false
@@ -234,7 +235,8 @@ func (x *Injector) tend(i int) error {
 }
 
 // Supervise starts what should run and does not, as an init system would, until the context ends. It returns what it
-// could not start, and which sidecars ended although nobody had ended them.
+// could not start, and which sidecars ended while nothing was broken: what cannot work with its PostgreSQL when it starts
+// says so and ends, and an init system tries again.
 func (x *Injector) Supervise(ctx context.Context) error {
 	const interval = 50 * time.Millisecond
 	ticker := time.NewTicker(interval)
@@ -256,6 +258,26 @@ func (x *Injector) Supervise(ctx context.Context) error {
 		}
 		x.mu.Unlock()
 	}
+}
+
+// Dump ends all sidecars with SIGQUIT, which makes them write what each goroutine was doing, and waits until they have.
+func (x *Injector) Dump(ctx context.Context) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for i := 1; i <= x.cluster.Nodes; i++ {
+		pids := x.sidecar(i)
+		if err := errors.Join(signal(pids, syscall.SIGQUIT), signal(pids, syscall.SIGCONT)); err != nil {
+			return err
+		}
+		for len(alive(pids)) > 0 {
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("dump node %d: %w", i, ctx.Err())
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	return nil
 }
 
 // killNode kills both parts of a node, the one or the other first.
