@@ -27,6 +27,7 @@ const (
 	codeTooMany            = "53300"
 	codeConnectionFailed   = "08006"
 	codeTooLarge           = "54000"
+	codeResources          = "53000" // insufficient_resources
 	codeInternal           = "XX000"
 )
 
@@ -116,6 +117,10 @@ func abortError(ev txn.Event) *sqlError {
 			message: "could not serialize access due to concurrent update on another node",
 			detail:  "It conflicts with replicated transaction " + strconv.FormatUint(uint64(ev.With), 10) + ".",
 			hint:    retryHint}
+	case txn.AbortCapture: // no serialization failure: whoever retries those would try for ever
+		return &sqlError{code: codeResources, message: "cannot commit: the changes of the transaction could not be read from the server",
+			detail: "Nothing was changed.",
+			hint:   "The node's log says why: a full spill directory, perhaps, or a value too large to replicate."}
 	case txn.AbortHorizon:
 		return &sqlError{code: codeSerialization,
 			message: "could not serialize access: the transaction is too old to be certified",
