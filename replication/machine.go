@@ -5,6 +5,7 @@ package replication
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -58,6 +59,8 @@ type Machine struct {
 	index     txn.LogIndex
 	chunks    map[txn.GID]*chunkList
 	members   map[txn.NodeID]codec.Member
+	outcomes  outcomes
+	advanced  chan struct{} // closed when index has grown, if somebody waits for that
 }
 
 type chunkList struct {
@@ -66,7 +69,10 @@ type chunkList struct {
 
 // New returns an empty machine.
 func New(cfg Config) *Machine {
-	return &Machine{cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList), members: make(map[txn.NodeID]codec.Member)}
+	return &Machine{
+		cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList),
+		members: make(map[txn.NodeID]codec.Member), outcomes: newOutcomes(keptOutcomes),
+	}
 }
 
 // Apply takes one entry of the log.
@@ -94,7 +100,7 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 
 // decide changes the state by one entry. Called with mu held.
 func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
-	m.index = index
+	m.setIndex(index)
 	switch entry.Kind {
 	case codec.KindTransactions:
 		decisions := make([]Decision, 0, len(entry.Transactions))
@@ -106,6 +112,7 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 		m.addChunk(index, *entry.Chunk)
 	case codec.KindAbort:
 		m.certifier.Abort(entry.Abort.GID)
+		m.outcomes.add(entry.Abort.GID, false)
 		delete(m.chunks, entry.Abort.GID)
 	case codec.KindMember:
 		m.addMember(*entry.Member)
@@ -117,19 +124,66 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 
 func (m *Machine) decideOne(index txn.LogIndex, set *txn.WriteSet) Decision {
 	d := Decision{Index: index, Set: set}
+	if m.outcomes.find(set.GID) == Aborted || m.outcomes.tooOld(set.GID) {
+		// Somebody has been told that it is aborted, or may have been: the certifier forgets sooner. A GID can be given
+		// out, and asked about, long before its COMMIT.
+		m.abortUndecided(set.GID)
+	}
 	if set.Chunks > 0 {
 		list := m.chunks[set.GID]
 		if list == nil || uint32(len(list.Indexes)) != set.Chunks {
-			if _, decided := m.certifier.Outcome(set.GID); !decided {
-				m.certifier.Abort(set.GID) // its chunks were given up: every node says so
-			}
+			m.abortUndecided(set.GID) // its chunks were given up: every node says so
 		} else {
 			d.Chunks = list.Indexes
 		}
 		delete(m.chunks, set.GID)
 	}
 	d.Verdict = m.certifier.Decide(set)
+	m.outcomes.add(set.GID, d.Verdict.Commits())
 	return d
+}
+
+func (m *Machine) abortUndecided(gid txn.GID) {
+	if _, decided := m.certifier.Outcome(gid); !decided {
+		m.certifier.Abort(gid)
+	}
+}
+
+// setIndex is called with mu held.
+func (m *Machine) setIndex(index txn.LogIndex) {
+	m.index = index
+	if m.advanced != nil {
+		close(m.advanced)
+		m.advanced = nil
+	}
+}
+
+// Outcome is what the log, as far as this node has it, says of gid.
+func (m *Machine) Outcome(gid txn.GID) Outcome {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.outcomes.find(gid)
+}
+
+// WaitFor returns when the entries up to index are decided. An error is ctx's.
+func (m *Machine) WaitFor(ctx context.Context, index txn.LogIndex) error {
+	for {
+		m.mu.Lock()
+		if m.index >= index {
+			m.mu.Unlock()
+			return nil
+		}
+		if m.advanced == nil {
+			m.advanced = make(chan struct{})
+		}
+		advanced := m.advanced
+		m.mu.Unlock()
+		select {
+		case <-advanced:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for log index %d: %w", index, context.Cause(ctx))
+		}
+	}
 }
 
 // addChunk appends a part. A part that comes twice (a proposal sent again) is ignored; a gap cannot arise, since the
@@ -154,6 +208,7 @@ func (m *Machine) addChunk(index txn.LogIndex, chunk codec.Chunk) {
 // addMember records an announcement. The member's earlier incarnations are dead: what they left unfinished is dropped.
 func (m *Machine) addMember(member codec.Member) {
 	m.members[member.Node] = member
+	m.outcomes.begin(member.Node, member.Incarnation)
 	maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool {
 		return gid.Node == member.Node && gid.Incarnation != member.Incarnation
 	})
@@ -202,6 +257,8 @@ type header struct {
 	Index   txn.LogIndex   `json:"index"`
 	CSN     txn.CSN        `json:"csn"`
 	Members []codec.Member `json:"members"`
+	// Outcomes came later: a snapshot without begins to remember.
+	Outcomes []byte `json:"outcomes,omitempty"`
 }
 
 // magic begins a snapshot; its last byte is the version.
@@ -215,7 +272,7 @@ func (m *Machine) Snapshot() (*Snapshot, error) {
 	if len(m.chunks) > 0 {
 		return nil, ErrUnfinished
 	}
-	h, err := json.Marshal(header{Index: m.index, CSN: m.certifier.LastCSN(), Members: members})
+	h, err := json.Marshal(header{Index: m.index, CSN: m.certifier.LastCSN(), Members: members, Outcomes: m.outcomes.encode()})
 	if err != nil {
 		return nil, fmt.Errorf("encode snapshot header: %w", err)
 	}
@@ -245,7 +302,8 @@ func (s *Snapshot) WriteTo(w io.Writer) (int64, error) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-const maxHeader = 16 << 20
+// maxHeader leaves room for a page of outcomes, 27 bytes in most cases, for each of keptOutcomes.
+const maxHeader = 64 << 20
 
 // Restore replaces the state. An error leaves the machine unusable.
 func (m *Machine) Restore(r io.Reader) error {
@@ -273,7 +331,10 @@ func (m *Machine) Restore(r io.Reader) error {
 	if err := m.certifier.Restore(r); err != nil {
 		return fmt.Errorf("restore certifier: %w", err)
 	}
-	m.index = h.Index
+	if err := m.outcomes.decode(h.Outcomes); err != nil {
+		return err
+	}
+	m.setIndex(h.Index)
 	m.chunks = make(map[txn.GID]*chunkList)
 	m.members = make(map[txn.NodeID]codec.Member)
 	for _, member := range h.Members {

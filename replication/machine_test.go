@@ -31,6 +31,7 @@ func newRecorder() *recorder {
 		Member:    func(codec.Member) {},
 		Fail:      func(err error) { r.failure = err },
 	})
+	r.outcomes.keep = 20
 	return r
 }
 
@@ -189,6 +190,9 @@ func TestSnapshotAnywhere(t *testing.T) {
 		}
 		if _, d := second.Digest(); second.LastCSN() != whole.LastCSN() || d != digest(whole) {
 			t.Fatalf("last CSN %d, want %d; digest %x, want %x", second.LastCSN(), whole.LastCSN(), d, digest(whole))
+		}
+		if !bytes.Equal(second.outcomes.encode(), whole.outcomes.encode()) {
+			t.Fatal("other outcomes are remembered")
 		}
 		tail := whole.decisions[len(whole.decisions)-len(second.decisions):]
 		for i, d := range second.decisions {
