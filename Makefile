@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench stress chaos faults model verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench stress chaos faults sim model verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -42,6 +42,11 @@ chaos:
 ROUNDS ?= 5
 faults:
 	$(GO) run ./test/chaos -measure $(ROUNDS)
+
+# The commit protocol in simulated time, with crashes at every step; see test/sim. SIM is how long.
+SIM ?= 1m
+sim:
+	QUORATE_SIM=$(SIM) $(GO) test -count=1 -timeout 24h -v ./test/sim
 
 # The commit protocol and recovery, checked exhaustively; see model/README.md. It needs Debian's spin.
 model:
