@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -253,8 +254,10 @@ type deadlineStore struct {
 
 	mu   sync.Mutex // held for the length of an append; Raft does not overlap appends itself
 	late *lateWrite
-	work chan appendCall
-	gone chan struct{}
+	// hidden is the first entry of late, for readers, who do not wait for appends; 0: none.
+	hidden atomic.Uint64
+	work   chan appendCall
+	gone   chan struct{}
 }
 
 // appendCall is one call of StoreLogs on its way to the writer.
@@ -312,6 +315,7 @@ func (s *deadlineStore) StoreLogs(logs []*raft.Log) error {
 		}
 		return err
 	case <-timer.C:
+		s.hidden.Store(logs[0].Index)
 		s.late = &lateWrite{first: logs[0].Index, last: logs[len(logs)-1].Index, done: w.done}
 		return fmt.Errorf("append entries %d to %d: %w of %v", s.late.first, s.late.last, errWriteDeadline, s.deadline)
 	}
@@ -335,7 +339,17 @@ func (s *deadlineStore) settleLateLocked(expired <-chan time.Time) error {
 		}
 	}
 	s.late = nil
+	s.hidden.Store(0)
 	return nil
+}
+
+// GetLog implements raft.LogStore. It does not show what a late write may have stored: Raft takes the place of an entry
+// that it finds for settled, and would append behind it.
+func (s *deadlineStore) GetLog(index uint64, out *raft.Log) error {
+	if first := s.hidden.Load(); first != 0 && index >= first {
+		return raft.ErrLogNotFound
+	}
+	return s.closableLogStore.GetLog(index, out)
 }
 
 // DeleteRange settles a late write first, so that it cannot land behind the truncation of a suffix. It does not hold

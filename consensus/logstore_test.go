@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"runtime"
 	"testing"
 	"time"
 
@@ -73,10 +74,20 @@ func TestDeadlineStoreRemovesLateAppend(t *testing.T) {
 		t.Fatalf("truncation behind a hanging append: %v", err)
 	}
 	close(hang) // the late one lands: 4, 5, 6
+	var l raft.Log
+	for err := inner.GetLog(4, &l); err != nil; err = inner.GetLog(4, &l) {
+		runtime.Gosched()
+	}
+	// To find it would be to believe that what comes next may follow it.
+	if err := s.GetLog(4, &l); !errors.Is(err, raft.ErrLogNotFound) {
+		t.Errorf("entry 4, whose append has failed: %v", err)
+	}
+	if err := s.GetLog(3, &l); err != nil {
+		t.Errorf("entry 3: %v", err)
+	}
 	if err := s.StoreLogs(logsFrom(4, 2, 1)); err != nil {
 		t.Fatal(err)
 	}
-	var l raft.Log
 	if last, err := s.LastIndex(); err != nil || last != 4 {
 		t.Errorf("last index %d, %v", last, err)
 	}
