@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/quorate/quorate/gateway/sqllex"
+	"github.com/quorate/quorate/txn"
 )
 
 // clientLoop reads what the client says.
@@ -74,7 +75,7 @@ func (s *session) enter() error {
 		s.sendBegin()
 	}
 	if s.mode == modeIdle {
-		s.baseSet = false
+		s.baseSet, s.gid = false, txn.GID{}
 		if len(s.portals) > 0 {
 			clear(s.portals)
 		}
@@ -245,7 +246,7 @@ func (s *session) queryInBlock(msg, sql []byte) error {
 		case sqllex.Rollback:
 			s.wish.Store(s.wishBefore)
 			s.settleNext = true
-			s.baseSet = false // of what AND CHAIN begins
+			s.baseSet, s.gid = false, txn.GID{} // of what AND CHAIN begins
 			s.push(reply{until: untilReady})
 			return s.send(msg)
 		}
@@ -254,6 +255,9 @@ func (s *session) queryInBlock(msg, sql []byte) error {
 		return err
 	}
 	s.noteBase()
+	if err := s.inform(asks(s.stmts, sql)); err != nil {
+		return err
+	}
 	for i := range s.stmts {
 		if err := s.noteStatement(&s.stmts[i], sql); err != nil {
 			return err
@@ -326,6 +330,9 @@ func (s *session) queryOutside(msg, sql []byte) error {
 			}
 		}
 	}
+	if err := s.inform(asks(s.stmts, sql)); err != nil {
+		return err
+	}
 	return s.runUnit(msg)
 }
 
@@ -348,7 +355,7 @@ func (s *session) judge(u *unit, st *sqllex.Statement, size int) {
 const maxRepeatable = 64 << 10
 
 func (s *session) beginBlock() {
-	s.mode, s.baseSet, s.wishBefore = modeBlock, false, s.wish.Load()
+	s.mode, s.baseSet, s.gid, s.wishBefore = modeBlock, false, txn.GID{}, s.wish.Load()
 }
 
 // beginQuery returns BEGIN as the server gets it. The addition stands at the end, so that positions in errors stay
@@ -585,6 +592,7 @@ func (s *session) piece(st *sqllex.Statement, run []sqllex.Statement, sql, text 
 		}
 		return relay(string(text))
 	case sqllex.Rollback:
+		s.gid = txn.GID{}
 		if s.mode == modeWrap {
 			s.emit(warnNoTransaction.appendAs(nil, 'N'))
 			s.mode = modeIdle
@@ -609,6 +617,9 @@ func (s *session) piece(st *sqllex.Statement, run []sqllex.Statement, sql, text 
 		s.openWrap()
 	}
 	s.noteBase()
+	if err := s.inform(asks(run, sql)); err != nil {
+		return err
+	}
 	return relay(string(text))
 }
 

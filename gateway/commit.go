@@ -133,10 +133,11 @@ type commitOp struct {
 	rollback bool      // only roll back, and tell the client err
 	err      *sqlError // may be nil
 	base     txn.CSN
-	xid      bool // the transaction has a transaction id
-	ordered  bool // it has its place in the order
-	restore  bool // AND CHAIN: what is chained must be read write again
-	marked   bool // the marker may have been written
+	gid      txn.GID // reserved, or zero
+	xid      bool    // the transaction has a transaction id
+	ordered  bool    // it has its place in the order
+	restore  bool    // AND CHAIN: what is chained must be read write again
+	marked   bool    // the marker may have been written
 }
 
 // startCommit begins the commit of the block. Only the client loop calls it, when nothing is outstanding and the
@@ -145,6 +146,7 @@ func (s *session) startCommit(op commitOp) error {
 	op.start = time.Now()
 	s.noteBase()
 	base := s.base
+	op.gid = s.gid
 	s.leaveBlock(op.chain)
 	s.commitOp = op
 	s.mu.Lock()
@@ -174,7 +176,7 @@ func (s *session) startRollback(op commitOp, e *sqlError) error {
 }
 
 func (s *session) leaveBlock(chain bool) {
-	s.mode, s.baseSet, s.settleNext = modeIdle, false, true
+	s.mode, s.baseSet, s.gid, s.settleNext = modeIdle, false, txn.GID{}, true
 	if chain {
 		s.mode = modeBlock
 	}
@@ -194,7 +196,7 @@ func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 	if s.g.access() != ReadWrite {
 		return s.sendReadyStatement("", "")
 	}
-	c, err := s.g.cfg.Coordinator.Begin(s.ctx, base, s.pid)
+	c, err := s.g.cfg.Coordinator.Begin(s.ctx, op.gid, base, s.pid)
 	if err != nil {
 		op.rollback = true
 		switch {

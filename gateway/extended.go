@@ -3,8 +3,10 @@ package gateway
 import (
 	"bytes"
 	"errors"
+	"slices"
 
 	"github.com/quorate/quorate/gateway/sqllex"
+	"github.com/quorate/quorate/txn"
 )
 
 // The extended protocol. A batch is what the client sends up to Sync. Outside a block it is one implicit transaction,
@@ -75,7 +77,7 @@ func (s *session) settleInBatch() error {
 		s.discarding = true      // the hidden Sync has ended the server's own ignoring
 		delete(s.statements, "") // its Parse may have been held back
 	case status == 'I':
-		s.mode, s.baseSet = modeIdle, false
+		s.mode, s.baseSet, s.gid = modeIdle, false, txn.GID{}
 		clear(s.portals)
 		if !s.holding {
 			s.gather()
@@ -165,6 +167,9 @@ func (s *session) onParse(m message) error {
 	if st.Refusal != sqllex.NotRefused {
 		return s.refuseParse(key, refusals[st.Refusal])
 	}
+	if st.AsksStatus {
+		st.gids = appendGIDs(nil, sql)
+	}
 	if st.Kind == sqllex.Deallocate || st.Kind == sqllex.SetReadOnly {
 		st.effect = effect(&st.Statement, sql)
 	}
@@ -223,7 +228,7 @@ func (s *session) refuseParse(name string, e *sqlError) error {
 
 func (s *session) onBind(m message) error {
 	portal, rest, ok1 := cstring(m.body())
-	name, _, ok2 := cstring(rest)
+	name, values, ok2 := cstring(rest)
 	if !ok1 || !ok2 {
 		if m.rest == 0 {
 			return &protocolError{"malformed Bind"}
@@ -238,6 +243,13 @@ func (s *session) onBind(m message) error {
 	// A portal that exists cannot be bound again, but the unnamed one. COMMIT must never be taken for anything else.
 	if old := s.portals[string(portal)]; old == nil || len(portal) == 0 || !old.Control() {
 		s.portals[string(portal)] = st
+	}
+	if st.AsksStatus {
+		wants := asked{outcomes: slices.Clone(st.gids)}
+		bindValues(values, func(v []byte) { wants.outcomes = appendGIDs(wants.outcomes, v) })
+		if done, err := s.informInBatch(wants); done || err != nil {
+			return err
+		}
 	}
 	r := reply{until: untilBind}
 	if st.Kind == sqllex.Commit && s.mode != modeIdle {
@@ -348,6 +360,7 @@ func (s *session) onExecute(m message) error {
 	case sqllex.Rollback:
 		s.wish.Store(s.wishBefore)
 		s.settleNext = true
+		s.gid = txn.GID{}
 	case sqllex.Subtransact:
 		if s.mode == modeWrap {
 			return &protocolError{errSavepointOutside.message}
@@ -355,6 +368,11 @@ func (s *session) onExecute(m message) error {
 	}
 	if st.Kind != sqllex.Rollback {
 		if err := s.serve(); err != nil {
+			return err
+		}
+	}
+	if st.AsksGID {
+		if done, err := s.informInBatch(asked{gid: true}); done || err != nil {
 			return err
 		}
 	}
@@ -367,6 +385,17 @@ func (s *session) onExecute(m message) error {
 		}
 	}
 	return s.batch(m, r, "")
+}
+
+// informInBatch is inform between the messages of a batch. done says that the batch has failed meanwhile, and what is
+// left of it is ignored.
+func (s *session) informInBatch(a asked) (done bool, err error) {
+	if !s.holding { // otherwise nothing of the batch has been sent
+		if err := s.settleInBatch(); err != nil || s.discarding {
+			return s.discarding, err
+		}
+	}
+	return false, s.inform(a)
 }
 
 // executeGathered deals with Execute in a batch outside a block.

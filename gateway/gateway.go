@@ -27,9 +27,15 @@ type Coordinator interface {
 	// Applied is the CSN up to which everything is visible in this node's server. Called before every transaction's
 	// first snapshot, so it must be cheap.
 	Applied() txn.CSN
+	// Reserve returns a GID for a transaction whose client wants to know it before COMMIT.
+	Reserve() txn.GID
 	// Begin registers an attempt to commit the transaction that runs in backend pid and took its first snapshot no
-	// earlier than base. An error means that nothing was registered; txn.ErrNoQuorum has its own SQLSTATE.
-	Begin(ctx context.Context, base txn.CSN, pid uint32) (Commit, error)
+	// earlier than base, under a GID from Reserve or, if gid is zero, a new one. An error means that nothing was
+	// registered; txn.ErrNoQuorum has its own SQLSTATE.
+	Begin(ctx context.Context, gid txn.GID, base txn.CSN, pid uint32) (Commit, error)
+	// TransactionStatus says what became of a transaction: StatusCommitted and so on. It may settle one that is not
+	// decided yet.
+	TransactionStatus(ctx context.Context, gid txn.GID) string
 }
 
 // Commit is one attempt to commit. Lost may be called while Next blocks; otherwise one goroutine uses it.

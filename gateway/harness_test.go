@@ -45,15 +45,30 @@ func (c *testCoordinator) Applied() txn.CSN {
 	return c.csn
 }
 
-func (c *testCoordinator) Begin(_ context.Context, base txn.CSN, pid uint32) (Commit, error) {
+func (c *testCoordinator) Reserve() txn.GID {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sequence++
+	return txn.GID{Node: 1, Incarnation: 0xabc, Sequence: c.sequence}
+}
+
+// TransactionStatus knows the statuses by the node.
+func (c *testCoordinator) TransactionStatus(_ context.Context, gid txn.GID) string {
+	return [...]string{StatusUnknown, StatusCommitted, StatusAborted, StatusInDoubt}[gid.Node%4]
+}
+
+func (c *testCoordinator) Begin(_ context.Context, gid txn.GID, base txn.CSN, pid uint32) (Commit, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.refuse != nil {
 		return nil, c.refuse
 	}
-	c.sequence++
+	if gid.IsZero() {
+		c.sequence++
+		gid = txn.GID{Node: 1, Incarnation: 0xabc, Sequence: c.sequence}
+	}
 	c.open++
-	t := &testCommit{c: c, gid: txn.GID{Node: 1, Incarnation: 0xabc, Sequence: c.sequence}, base: base, seen: c.csn, pid: pid,
+	t := &testCommit{c: c, gid: gid, base: base, seen: c.csn, pid: pid,
 		events: make(chan txn.Event, 8), waiting: make(chan struct{}), lostCh: make(chan struct{})}
 	for _, e := range c.script {
 		t.events <- e

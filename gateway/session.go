@@ -86,7 +86,8 @@ type session struct {
 	mode     mode
 	base     txn.CSN
 	baseSet  bool
-	deferred bool // the client's BEGIN has been answered and goes to the server with what follows it
+	gid      txn.GID // of the block, if the client has asked for it
+	deferred bool    // the client's BEGIN has been answered and goes to the server with what follows it
 	// beginning: a Query went with the deferred BEGIN, so the next has to wait: of several that the server ignores
 	// because BEGIN has failed, only the first would be answered.
 	beginning  bool
@@ -160,6 +161,7 @@ type reply struct {
 // statement is what is known of a prepared statement.
 type statement struct {
 	sqllex.Statement
+	gids   []txn.GID // in a text that asks for outcomes
 	effect afterEffect
 	closed bool       // the client has closed the name: it may stand for something new
 	state  parseState // under session.mu
@@ -485,6 +487,11 @@ func (s *session) settle() error {
 			return err
 		}
 		s.sent = false
+	}
+	if r, ok := s.front(); ok && r.until == opBegin { // the server would answer it with what follows
+		if err := s.send([]byte{'H', 0, 0, 0, 4}); err != nil {
+			return err
+		}
 	}
 	if err := s.flushServer(); err != nil {
 		return err

@@ -13,13 +13,13 @@ import (
 // statement.
 func (n *Node) access() gateway.Access {
 	c := n.consensus.Load()
-	age, limit := time.Since(c.QuorumContact()), n.cfg.MaxStaleness
-	cutOff := age > c.QuorumTimeout()
-	if cutOff && n.cfg.ReadsWithoutQuorum == config.ReadsRefused {
-		limit = 0
-	}
+	return access(time.Since(c.QuorumContact()), c.QuorumTimeout(), n.cfg.MaxStaleness, n.cfg.ReadsWithoutQuorum)
+}
+
+func access(age, quorumTimeout, maxStaleness time.Duration, readsWithoutQuorum string) gateway.Access {
+	cutOff := age > quorumTimeout
 	switch {
-	case age > limit:
+	case age > maxStaleness, cutOff && readsWithoutQuorum == config.ReadsRefused:
 		return gateway.NoAccess
 	case cutOff:
 		return gateway.ReadOnly

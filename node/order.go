@@ -126,15 +126,53 @@ type coordinator struct{ n *Node }
 
 func (c coordinator) Applied() txn.CSN { return c.n.current.Load().coord.Applied() }
 
-func (c coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (gateway.Commit, error) {
+func (c coordinator) Reserve() txn.GID { return c.n.current.Load().coord.Reserve() }
+
+func (c coordinator) Begin(ctx context.Context, gid txn.GID, base txn.CSN, pid uint32) (gateway.Commit, error) {
 	if err := c.n.accepting(); err != nil {
 		return nil, fmt.Errorf("%w: %w", txn.ErrNoQuorum, err)
 	}
-	t, err := c.n.current.Load().coord.Begin(ctx, base, pid)
+	t, err := c.n.current.Load().coord.BeginAs(ctx, gid, base, pid)
 	if err != nil {
 		return nil, err
 	}
 	return t, nil
+}
+
+// TransactionStatus asks the log. If the log has no word on gid yet, the question puts one there: an Abort entry, so that
+// what is answered stays true. It is in doubt only as long as the log cannot be asked.
+func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string {
+	i, log := c.n.current.Load(), c.n.consensus.Load()
+	steps := []func() (txn.LogIndex, error){
+		func() (txn.LogIndex, error) { return 0, nil }, // what this node knows may be enough
+		func() (txn.LogIndex, error) { return log.ReadIndex(ctx) },
+		func() (txn.LogIndex, error) {
+			return log.Propose(ctx, codec.AppendAbort(nil, codec.Abort{GID: gid, Reason: txn.AbortRequested}))
+		},
+	}
+	for n, step := range steps {
+		index, err := step()
+		if err == nil {
+			err = i.machine.WaitFor(ctx, index)
+		}
+		if err != nil {
+			i.n.log.Info("the outcome of a transaction cannot be known now", logkey.GID, gid, logkey.Error, err)
+			return gateway.StatusInDoubt
+		}
+		switch outcome := i.machine.Outcome(gid); {
+		case outcome == replication.Committed:
+			// Whoever hears of it should find it here. If that takes too long it is true all the same.
+			if err := i.pipeline.WaitFor(ctx, i.machine.LastCSN()); err != nil {
+				i.n.log.Info("a committed transaction is not visible here yet", logkey.GID, gid, logkey.Error, err)
+			}
+			return gateway.StatusCommitted
+		case outcome == replication.Aborted:
+			return gateway.StatusAborted
+		case outcome == replication.Forgotten && n > 0:
+			return gateway.StatusUnknown
+		}
+	}
+	return gateway.StatusUnknown // forgotten between the last two steps
 }
 
 // order fits consensus to the coordinator, and holds back proposals while this node is too far behind the log.

@@ -152,6 +152,12 @@ func TestDetails(t *testing.T) {
 			t.Errorf("%s does not ask", sql)
 		}
 	}
+	for sql, want := range map[string][2]bool{"SELECT quorate.current_gid()": {true, false}, "SELECT Quorate.Transaction_Status($1)": {false, true},
+		"SELECT 'current_gid', $$transaction_status$$ -- current_gid": {}} {
+		if st := one(sql); [2]bool{st.AsksGID, st.AsksStatus} != want {
+			t.Errorf("%s: asks %v, %v", sql, st.AsksGID, st.AsksStatus)
+		}
+	}
 	if one("SELECT a FROM t WHERE b = 1").Fingerprint != one("select A  from T /* x */ where b=23").Fingerprint {
 		t.Error("fingerprints differ by constants, case or spacing")
 	}

@@ -73,6 +73,8 @@ type Statement struct {
 	All bool
 	// AsksReadOnly: mentions (default_)transaction_read_only, so that the answer depends on where it runs.
 	AsksReadOnly bool
+	// AsksGID and AsksStatus: mentions current_gid, transaction_status.
+	AsksGID, AsksStatus bool
 	// Wish of SetReadOnly.
 	Wish ReadOnlyWish
 	// NameStart and NameEnd, of DEALLOCATE name: the name as written.
@@ -188,6 +190,10 @@ func (p *parser) statement() (st Statement, more bool) {
 				modifies = true
 			case wordReadOnly:
 				st.AsksReadOnly = true
+			case wordCurrentGID:
+				st.AsksGID = true
+			case wordStatus:
+				st.AsksStatus = true
 			}
 			if lastWord != wordExecute && p.callFollows() { // EXECUTE name (…) calls nothing by that name
 				known, large := p.builtin(text, last)
@@ -248,6 +254,8 @@ const (
 	wordEnd
 	wordModify
 	wordReadOnly
+	wordCurrentGID
+	wordStatus
 	wordSetConfig
 	wordExecute
 )
@@ -269,6 +277,10 @@ func classifyWord(lower []byte) wordClass {
 		return wordModify
 	case "transaction_read_only", "default_transaction_read_only":
 		return wordReadOnly
+	case "current_gid":
+		return wordCurrentGID
+	case "transaction_status":
+		return wordStatus
 	case "execute":
 		return wordExecute
 	case "set_config":

@@ -357,6 +357,45 @@ BEGIN
     END IF;
 END $$;
 
+-- current_gid returns the GID under which the transaction in progress will be committed. The gateway, which sees the name in
+-- a statement's text, has put it where it is found here.
+CREATE OR REPLACE FUNCTION quorate.current_gid() RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    gid text := current_setting('quorate.gid', true);
+BEGIN
+    IF coalesce(gid, '') = '' THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'quorate.current_gid() cannot be answered here',
+            HINT = 'Call it through the gateway, between BEGIN and COMMIT, in the text of a statement and not in a function or DO.';
+    END IF;
+    RETURN gid;
+END $$;
+
+-- transaction_status returns what became of a transaction, in the same way.
+CREATE OR REPLACE FUNCTION quorate.transaction_status(gid text) RETURNS text
+LANGUAGE plpgsql VOLATILE STRICT
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    status text;
+BEGIN
+    IF gid !~ '^[1-9][0-9]*-[0-9a-f]+-[1-9][0-9]*$' THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = format('%L is not a global transaction id', gid),
+            HINT = 'One looks like 2-9f86d081884c7d65-42.';
+    END IF;
+    SELECT split_part(o, '=', 2) INTO status
+      FROM unnest(string_to_array(current_setting('quorate.outcomes', true), ',')) o WHERE split_part(o, '=', 1) = gid;
+    IF status IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'quorate.transaction_status() cannot be answered here',
+            HINT = 'Call it through the gateway, in the text of a statement and not in a function or DO, with a constant or a parameter.';
+    END IF;
+    RETURN status;
+END $$;
+
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_start') THEN

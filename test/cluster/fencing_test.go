@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -132,6 +133,12 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	idle, block, reader, late := gateway(t, ctx, c, leader), gateway(t, ctx, c, leader), gateway(t, ctx, c, leader), gateway(t, ctx, c, leader)
 	must(t, ctx, block, "BEGIN")
 	must(t, ctx, block, "UPDATE spots SET v = 'block' WHERE id = 1")
+	const ask = "SELECT quorate.transaction_status($1)"
+	gids := map[string]string{one[string](t, ctx, block, "SELECT quorate.current_gid()"): "aborted", "1-1-1": "unknown"}
+	must(t, ctx, idle, "BEGIN")
+	gids[one[string](t, ctx, idle, "SELECT quorate.current_gid()")] = "committed"
+	must(t, ctx, idle, "UPDATE spots SET v = 'told' WHERE id = 6")
+	must(t, ctx, idle, "COMMIT")
 	must(t, ctx, reader, "BEGIN")
 	equals(t, ctx, reader, "", "SELECT v FROM spots WHERE id = 1")
 
@@ -156,6 +163,12 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		t.Errorf("the node has noticed after %v", waited)
 	}
 	conn := gateway(t, ctx, c, leader)
+	for gid, status := range gids {
+		if status != "committed" {
+			status = "in doubt" // what is not in the log here may be elsewhere
+		}
+		equals(t, ctx, conn, status, ask, gid)
+	}
 	refused(t, ctx, conn, "25006", "INSERT INTO spots VALUES (20, '')")
 	refused(t, ctx, conn, "25006", "CREATE TABLE never (id int)")
 	must(t, ctx, conn, "BEGIN READ WRITE")
@@ -202,6 +215,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	if waited := time.Since(cut); cluster.SQLState(err) != "08007" || waited > commitTimeout+2*time.Second {
 		t.Errorf("a commit that was under way ends after %v, with %v", waited, err)
 	}
+	late08007 := regexp.MustCompile(`\d+-[0-9a-f]+-\d+`).FindString(fmt.Sprint(err))
 	for _, thaw := range thaws {
 		thaw()
 	}
@@ -216,5 +230,14 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	})
 	t.Logf("the node writes %v after the others woke up", time.Since(thawed).Round(time.Millisecond))
 	check(t, c.Settle(ctx))
+	gids[late08007] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, late08007)
+	for i := 1; i <= c.Nodes; i++ {
+		conn := gateway(t, ctx, c, i)
+		for gid, status := range gids {
+			equals(t, ctx, conn, status, ask, gid)
+		}
+		equals(t, ctx, conn, gids[late08007] == "committed", "SELECT v = 'late' FROM spots WHERE id = 2")
+	}
+	t.Logf("the commit whose outcome was unknown is %s", gids[late08007])
 	everywhere(t, ctx, c, "|again", "SELECT string_agg(v, '|' ORDER BY id) FROM spots WHERE id IN (1, 4)")
 }

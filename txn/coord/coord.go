@@ -136,9 +136,27 @@ func (c *Coordinator) Detach() {
 // Applied is the CSN up to which everything is visible here: a transaction's base.
 func (c *Coordinator) Applied() txn.CSN { return c.cfg.Visibility.Applied() }
 
+// Reserve returns a GID for somebody who has to know it before COMMIT. It need not be used.
+func (c *Coordinator) Reserve() txn.GID {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.nextLocked()
+}
+
+func (c *Coordinator) nextLocked() txn.GID {
+	c.sequence++
+	return txn.GID{Node: c.cfg.Node, Incarnation: c.cfg.Incarnation, Sequence: c.sequence}
+}
+
 // Begin registers a COMMIT that server backend pid is about to ask for, and reads seen. The caller must Close the
 // transaction.
 func (c *Coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (*Transaction, error) {
+	return c.BeginAs(ctx, txn.GID{}, base, pid)
+}
+
+// BeginAs is Begin under a GID that Reserve returned; with the zero GID it is given a new one. A GID is good for one
+// attempt.
+func (c *Coordinator) BeginAs(ctx context.Context, gid txn.GID, base txn.CSN, pid uint32) (*Transaction, error) {
 	seen, err := c.cfg.Visibility.Seen(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read seen: %w", err)
@@ -148,10 +166,13 @@ func (c *Coordinator) Begin(ctx context.Context, base txn.CSN, pid uint32) (*Tra
 	if c.closed || c.detached {
 		return nil, fmt.Errorf("begin commit: %w", txn.ErrClosed)
 	}
-	c.sequence++
+	if gid.IsZero() {
+		gid = c.nextLocked()
+	}
+	invariant.Check(gid.Incarnation == c.cfg.Incarnation && c.open[gid] == nil, "begin commit of %s, which is in use or of another life", gid)
 	t := &Transaction{
 		c:        c,
-		gid:      txn.GID{Node: c.cfg.Node, Incarnation: c.cfg.Incarnation, Sequence: c.sequence},
+		gid:      gid,
 		base:     min(base, seen),
 		seen:     seen,
 		pid:      pid,

@@ -417,6 +417,26 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 	})
 }
 
+func TestReservedGID(t *testing.T) {
+	run(t, func(b bench) {
+		reserved := b.Reserve()
+		other := b.begin()
+		tx, err := b.BeginAs(b.Context(), reserved, 11, 99)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if tx.GID() != reserved || other.GID() == reserved {
+			b.Errorf("GIDs %s and %s, reserved %s", tx.GID(), other.GID(), reserved)
+		}
+		b.mark(tx)
+		p := <-b.order.proposals
+		if got := p.entry.Transactions[0].GID; got != reserved {
+			b.Errorf("proposed as %s", got)
+		}
+		p.answer <- nil
+	})
+}
+
 // A node that is cut off right after its proposal was accepted never sees the verdict.
 func TestNoVerdict(t *testing.T) {
 	run(t, func(b bench) {

@@ -1,0 +1,123 @@
+package gateway
+
+import (
+	"context"
+	"encoding/binary"
+	"strings"
+	"time"
+
+	"github.com/quorate/quorate/gateway/sqllex"
+	"github.com/quorate/quorate/txn"
+)
+
+// What quorate.transaction_status says.
+const (
+	StatusCommitted = "committed"
+	StatusAborted   = "aborted"
+	StatusInDoubt   = "in doubt" // this node cannot know now
+	StatusUnknown   = "unknown"  // decided too long ago, or nobody's
+)
+
+// The functions of schema quorate are the server's, so that types, formats and whatever SQL stands around a call are its
+// business. What they return is the gateway's: it sees their names in a statement's text and, before the statement,
+// puts the values into settings of the session, where the functions find them.
+
+const (
+	statusTimeout = 5 * time.Second // of a question about the outcome
+	maxAsked      = 16              // GIDs in one statement
+)
+
+// asked says what a statement wants to know.
+type asked struct {
+	gid      bool      // of the transaction in progress
+	outcomes []txn.GID // of others
+}
+
+// asks returns what statements with this text want to know.
+func asks(stmts []sqllex.Statement, sql []byte) (a asked) {
+	for i := range stmts {
+		st := &stmts[i]
+		a.gid = a.gid || st.AsksGID
+		if st.AsksStatus {
+			a.outcomes = appendGIDs(a.outcomes, sql[st.Start:st.End])
+		}
+	}
+	return a
+}
+
+// appendGIDs appends what looks like a GID in a text.
+func appendGIDs(to []txn.GID, text []byte) []txn.GID {
+	for i := 0; i < len(text); {
+		n := i
+		for n < len(text) && (text[n] >= '0' && text[n] <= '9' || text[n] >= 'a' && text[n] <= 'f' || text[n] == '-') {
+			n++
+		}
+		if gid, err := txn.ParseGID(string(text[i:n])); err == nil && len(to) < maxAsked {
+			to = append(to, gid)
+		}
+		i = n + 1
+	}
+	return to
+}
+
+// bindValues calls f with each parameter's value in the body of a Bind behind the names. Text looks alike in both formats.
+func bindValues(b []byte, f func([]byte)) {
+	if len(b) < 2 {
+		return
+	}
+	formats := 2 + 2*int(binary.BigEndian.Uint16(b))
+	if len(b) < formats+2 {
+		return
+	}
+	b = b[formats:]
+	count := int(binary.BigEndian.Uint16(b))
+	for b = b[2:]; count > 0 && len(b) >= 4; count-- {
+		size := int(int32(binary.BigEndian.Uint32(b)))
+		if b = b[4:]; size < 0 {
+			continue
+		}
+		if size > len(b) {
+			return
+		}
+		f(b[:size])
+		b = b[size:]
+	}
+}
+
+// inform tells the server what the statement that follows wants to know. Only the client loop calls it, when nothing of
+// a batch is outstanding.
+func (s *session) inform(a asked) error {
+	a.gid = a.gid && s.mode == modeBlock // outside, it would be gone with the statement that asks for it
+	if !a.gid && len(a.outcomes) == 0 {
+		return nil
+	}
+	if err := s.settle(); err != nil {
+		return err
+	}
+	status := s.statusNow()
+	if status == 'E' {
+		return nil // the server refuses the statement
+	}
+	set := "SET "
+	if status == 'T' {
+		set = "SET LOCAL "
+	}
+	var b []byte
+	if a.gid {
+		if s.gid.IsZero() {
+			s.gid = s.g.cfg.Coordinator.Reserve()
+		}
+		b = appendHidden(b, set+"quorate.gid = '"+s.gid.String()+"'")
+	}
+	if len(a.outcomes) > 0 {
+		ctx, cancel := context.WithTimeout(s.ctx, statusTimeout)
+		defer cancel()
+		var all []string
+		for _, gid := range a.outcomes {
+			all = append(all, gid.String()+"="+s.g.cfg.Coordinator.TransactionStatus(ctx, gid))
+		}
+		b = appendHidden(b, set+"quorate.outcomes = '"+strings.Join(all, ",")+"'")
+	}
+	s.push(reply{until: untilSync, hidden: true})
+	return s.send(appendSync(b))
+}
