@@ -22,10 +22,14 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// Source is the node, as far as the API needs it. It must answer at once, whatever state the node is in, and be safe
-// for concurrent use.
+// Source is the node, as far as the API needs it, safe for concurrent use.
 type Source interface {
+	// Status answers at once, whatever state the node is in.
 	Status() Status
+	// Barrier puts a barrier into the log.
+	Barrier(ctx context.Context, id txn.GID) error
+	// Hash hashes all replicated tables as of a barrier, which is put into the log only after Hash has called ready.
+	Hash(ctx context.Context, barrier txn.GID, ready func()) (Hashes, error)
 }
 
 // Status is what a node knows.

@@ -2,6 +2,7 @@ package admin_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"testing"
 	"time"
@@ -19,6 +20,12 @@ import (
 type source admin.Status
 
 func (s source) Status() admin.Status { return admin.Status(s) }
+
+func (source) Barrier(context.Context, txn.GID) error { return errors.New("no log") }
+
+func (source) Hash(context.Context, txn.GID, func()) (admin.Hashes, error) {
+	return admin.Hashes{}, errors.New("no tables")
+}
 
 // serve starts one node's API on a listener.
 func serve(t *testing.T, l net.Listener, c admin.Config) (*admin.Admin, *grpc.Server) {

@@ -42,6 +42,7 @@ type incarnation struct {
 	coord    *coord.Coordinator
 	capture  *capture.Capture
 
+	barriers  barriers
 	announced chan txn.CSN // the CSN at which the log says that this incarnation has begun
 	ctx       context.Context
 	cancel    context.CancelCauseFunc // with why it has ended
@@ -100,6 +101,7 @@ func (i *incarnation) open() error {
 		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index); i.prune() },
 		Durable:   func(csn txn.CSN) error { return i.pipeline.Flush(i.ctx, csn) },
 		Member:    i.memberStarted,
+		Barrier:   i.barrier,
 		Fail:      i.fail,
 	})
 	i.pipeline = apply.New(apply.Config{

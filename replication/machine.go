@@ -39,6 +39,8 @@ type Config struct {
 	Durable func(csn txn.CSN) error
 	// Member takes a member's announcement.
 	Member func(codec.Member)
+	// Barrier takes a barrier, when every decision before it has been delivered and none behind it.
+	Barrier func(barrier codec.Barrier, index txn.LogIndex)
 	// Fail stops the node: the log cannot be read, and skipping an entry would be divergence. Nothing is delivered
 	// after it.
 	Fail func(error)
@@ -94,6 +96,9 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 	}
 	if entry.Member != nil {
 		m.cfg.Member(*entry.Member)
+	}
+	if entry.Barrier != nil {
+		m.cfg.Barrier(*entry.Barrier, index)
 	}
 	m.cfg.Processed(index)
 }

@@ -20,6 +20,7 @@ type recorder struct {
 	processed txn.LogIndex
 	failure   error
 	index     txn.LogIndex
+	barriers  []string // with what had been delivered and processed by then
 }
 
 func newRecorder() *recorder {
@@ -29,7 +30,10 @@ func newRecorder() *recorder {
 		Processed: func(i txn.LogIndex) { r.processed = i },
 		Durable:   func(txn.CSN) error { return nil },
 		Member:    func(codec.Member) {},
-		Fail:      func(err error) { r.failure = err },
+		Barrier: func(b codec.Barrier, i txn.LogIndex) {
+			r.barriers = append(r.barriers, fmt.Sprint(b.ID, i, len(r.decisions), r.processed))
+		},
+		Fail: func(err error) { r.failure = err },
 	})
 	r.outcomes.keep = 20
 	return r
@@ -60,6 +64,16 @@ func transactions(sets ...*txn.WriteSet) []byte { return codec.AppendTransaction
 
 func chunk(g txn.GID, part uint32) []byte {
 	return codec.AppendChunk(nil, &codec.Chunk{GID: g, Part: part, Data: []byte{1, 'I'}})
+}
+
+func TestBarrier(t *testing.T) {
+	r := newRecorder()
+	r.entry(transactions(set(gid(1, 1), 0, 7)))
+	r.entry(codec.AppendBarrier(nil, codec.Barrier{ID: gid(2, 5), Purpose: "test"}))
+	r.entry(transactions(set(gid(1, 2), 1, 7)))
+	if want := []string{fmt.Sprint(gid(2, 5), txn.LogIndex(2), 1, txn.LogIndex(1))}; !slices.Equal(r.barriers, want) || r.processed != 3 {
+		t.Errorf("barriers %q, want %q; processed %d", r.barriers, want, r.processed)
+	}
 }
 
 func TestFirstCommitterWinsWithinAndAcrossEntries(t *testing.T) {

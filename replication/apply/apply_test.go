@@ -755,6 +755,51 @@ func TestSkipAndIndex(t *testing.T) {
 	}
 }
 
+// TestHold: between Hold and release there is a moment at which exactly what was enqueued before is visible.
+func TestHold(t *testing.T) {
+	c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY)")
+	items := c.run("INSERT INTO t VALUES (0)", "INSERT INTO t VALUES (1)", "INSERT INTO t VALUES (2)", "INSERT INTO t VALUES (3)")
+	var local *held
+	items[0], local = c.hold(items[0], "INSERT INTO t VALUES (0)")
+	local.hang = true
+	cfg := c.config()
+	cfg.Workers = 1 // it is busy with the second, so the third would be merged with what follows
+	p := start(t, cfg)
+	p.enqueue(items[:3]...)
+	csn, release, err := p.Hold()
+	if err != nil || csn != 3 {
+		t.Fatalf("hold: %d, %v", csn, err)
+	}
+	if _, _, err := p.Hold(); err == nil {
+		t.Error("held twice")
+	}
+	p.enqueue(items[3])
+	c.exec(local.conn, "COMMIT")
+	local.committed.Store(true)
+	local.finish()
+	if err := p.WaitFor(t.Context(), 3); err != nil {
+		t.Fatal(err)
+	}
+	for ready := false; !ready; time.Sleep(time.Millisecond) { // it has done everything but COMMIT
+		p.mu.Lock()
+		head, _ := p.queue.first()
+		ready = head.state == stateReady
+		p.mu.Unlock()
+	}
+	if got := c.text(c.dst, "SELECT count(*) FROM t"); p.Applied() != 3 || got != "3" {
+		t.Errorf("applied %d, visible %s", p.Applied(), got)
+	}
+	release()
+	if err := p.WaitFor(t.Context(), 4); err != nil {
+		t.Fatal(err)
+	}
+	c.equal("t")
+	if _, release, err = p.Hold(); err != nil {
+		t.Fatal(err)
+	}
+	release()
+}
+
 // TestBackPressure: Enqueue waits when the queue is full and goes on when something became visible.
 func TestBackPressure(t *testing.T) {
 	c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY)")

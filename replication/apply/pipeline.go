@@ -80,8 +80,11 @@ type Pipeline struct {
 	space     chan struct{} // closed when something was taken out of a full queue; nil if nobody waits
 	// suspended: the server may have restarted. Nothing is committed until that is known.
 	suspended bool
-	life      string // of the server; set once
-	failure   error
+	// holding: nothing after held becomes visible, until Hold's release.
+	holding bool
+	held    txn.CSN
+	life    string // of the server; set once
+	failure error
 
 	flushing chan struct{} // full while a flush is under way
 
@@ -202,7 +205,7 @@ func (p *Pipeline) awaitSpace(ctx context.Context, size int) error {
 func (p *Pipeline) add(item Item, size int) {
 	single := entry{items: []Item{item}, local: item.Local, barrier: item.Set.Barrier}
 	tail, _ := p.queue.last()
-	mergeable := tail != nil && tail.state == stateWaiting && !tail.alone() && !single.alone() &&
+	mergeable := tail != nil && tail.state == stateWaiting && !(p.holding && tail.first <= p.held) && !tail.alone() && !single.alone() &&
 		len(tail.items) < p.cfg.GroupItems && tail.rows+item.Set.Rows <= uint64(p.cfg.GroupRows) && tail.bytes+size <= p.cfg.GroupBytes
 	var from txn.CSN // conflicts from here on are with the tail itself
 	if mergeable {
@@ -237,6 +240,27 @@ func (p *Pipeline) add(item Item, size int) {
 	if e.local == nil {
 		p.unstarted.push(e)
 	}
+}
+
+// Hold keeps what is enqueued from now on from becoming visible until release is called, so that there is a moment at
+// which exactly the transactions up to csn are visible: after WaitFor(csn) and before release. That moment should be
+// short. It is called where Enqueue is, and fails while another one lasts.
+func (p *Pipeline) Hold() (csn txn.CSN, release func(), err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.holding {
+		return 0, nil, errors.New("another snapshot is being taken")
+	}
+	p.holding, p.held = true, p.enqueued
+	return p.held, p.unhold, nil
+}
+
+func (p *Pipeline) unhold() {
+	p.mu.Lock()
+	p.holding = false
+	next := p.advance()
+	p.mu.Unlock()
+	next.do(p)
 }
 
 // Skip tells that every committing transaction of the log up to this index was enqueued; for an entry that holds
@@ -320,7 +344,7 @@ func (r release) do(p *Pipeline) {
 // advance lets the head through if it is ready. Requires mu; the result must be done without it.
 func (p *Pipeline) advance() (r release) {
 	head, ok := p.queue.first()
-	if !ok || p.suspended {
+	if !ok || p.suspended || p.holding && head.last > p.held {
 		return r
 	}
 	switch {

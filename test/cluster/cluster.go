@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -349,14 +350,44 @@ func closeConn(conn *pgx.Conn) {
 
 // Status runs "quorate status" against node i.
 func (c *Cluster) Status(ctx context.Context, i int, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, c.options.Binary, append([]string{"status", "--address", c.GRPC(i)}, args...)...)
+	return c.ask(ctx, "status", i, args...)
+}
+
+// ask runs a command against node i. What it prints is returned even when it fails.
+func (c *Cluster) ask(ctx context.Context, command string, i int, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, c.options.Binary, append([]string{command, "--address", c.GRPC(i)}, args...)...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("status of node %d: %w: %s", i, err, stderr.String())
+		return out, fmt.Errorf("%s of node %d: %w: %s", command, i, err, stderr.String())
 	}
 	return out, nil
+}
+
+// Verification is what "quorate verify" found.
+type Verification struct {
+	CSN       uint64
+	Differing []string // tables
+	Members   []struct {
+		ID     int
+		Error  string // why it did not take part
+		Tables []struct {
+			Name string
+			Rows int
+			Hash string
+		}
+	}
+}
+
+// VerifyOnline runs "quorate verify" against node i. An error that is not about the result leaves an empty Verification.
+func (c *Cluster) VerifyOnline(ctx context.Context, i int) (Verification, error) {
+	var v Verification
+	out, err := c.ask(ctx, "verify", i, "-o", "json")
+	if len(out) > 0 {
+		err = errors.Join(err, json.Unmarshal(out, &v))
+	}
+	return v, err
 }
 
 // Logs returns the last lines of everything the processes have written: their output and the log files under the

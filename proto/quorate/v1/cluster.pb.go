@@ -399,6 +399,354 @@ func (x *Member) GetLastContactMs() uint64 {
 	return 0
 }
 
+type VerifyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyRequest) Reset() {
+	*x = VerifyRequest{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyRequest) ProtoMessage() {}
+
+func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
+func (*VerifyRequest) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{3}
+}
+
+type VerifyResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Index   uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // the place in the log
+	Csn     uint64                 `protobuf:"varint,2,opt,name=csn,proto3" json:"csn,omitempty"`     // the last transaction before it
+	Members []*MemberHashes        `protobuf:"bytes,3,rep,name=members,proto3" json:"members,omitempty"`
+	// The tables of which not all members that answered hold the same rows, or that some do not have.
+	Differing     []string `protobuf:"bytes,4,rep,name=differing,proto3" json:"differing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyResponse) Reset() {
+	*x = VerifyResponse{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyResponse) ProtoMessage() {}
+
+func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
+func (*VerifyResponse) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *VerifyResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *VerifyResponse) GetCsn() uint64 {
+	if x != nil {
+		return x.Csn
+	}
+	return 0
+}
+
+func (x *VerifyResponse) GetMembers() []*MemberHashes {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetDiffering() []string {
+	if x != nil {
+		return x.Differing
+	}
+	return nil
+}
+
+type MemberHashes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"` // why there are no hashes
+	Tables        []*TableHash           `protobuf:"bytes,3,rep,name=tables,proto3" json:"tables,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberHashes) Reset() {
+	*x = MemberHashes{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberHashes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberHashes) ProtoMessage() {}
+
+func (x *MemberHashes) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberHashes.ProtoReflect.Descriptor instead.
+func (*MemberHashes) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *MemberHashes) GetId() uint32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *MemberHashes) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *MemberHashes) GetTables() []*TableHash {
+	if x != nil {
+		return x.Tables
+	}
+	return nil
+}
+
+// TableHash is the content of one table. Equal rows, in any order, have equal hashes.
+type TableHash struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // with its schema
+	Rows          uint64                 `protobuf:"varint,2,opt,name=rows,proto3" json:"rows,omitempty"`
+	Hash          string                 `protobuf:"bytes,3,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TableHash) Reset() {
+	*x = TableHash{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TableHash) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TableHash) ProtoMessage() {}
+
+func (x *TableHash) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TableHash.ProtoReflect.Descriptor instead.
+func (*TableHash) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *TableHash) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TableHash) GetRows() uint64 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *TableHash) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+// HashRequest names the barrier.
+type HashRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HashRequest) Reset() {
+	*x = HashRequest{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HashRequest) ProtoMessage() {}
+
+func (x *HashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HashRequest.ProtoReflect.Descriptor instead.
+func (*HashRequest) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *HashRequest) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *HashRequest) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *HashRequest) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+// HashResponse is empty at first.
+type HashResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Csn           uint64                 `protobuf:"varint,2,opt,name=csn,proto3" json:"csn,omitempty"`
+	Tables        []*TableHash           `protobuf:"bytes,3,rep,name=tables,proto3" json:"tables,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HashResponse) Reset() {
+	*x = HashResponse{}
+	mi := &file_quorate_v1_cluster_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HashResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HashResponse) ProtoMessage() {}
+
+func (x *HashResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_cluster_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HashResponse.ProtoReflect.Descriptor instead.
+func (*HashResponse) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_cluster_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *HashResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *HashResponse) GetCsn() uint64 {
+	if x != nil {
+		return x.Csn
+	}
+	return 0
+}
+
+func (x *HashResponse) GetTables() []*TableHash {
+	if x != nil {
+		return x.Tables
+	}
+	return nil
+}
+
 var File_quorate_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_quorate_v1_cluster_proto_rawDesc = "" +
@@ -436,14 +784,38 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\aversion\x18\x10 \x01(\tR\aversion\x12)\n" +
 	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12+\n" +
 	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x00R\rlastContactMs\x88\x01\x01B\x12\n" +
-	"\x10_last_contact_ms*T\n" +
+	"\x10_last_contact_ms\"\x0f\n" +
+	"\rVerifyRequest\"\x8a\x01\n" +
+	"\x0eVerifyResponse\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x10\n" +
+	"\x03csn\x18\x02 \x01(\x04R\x03csn\x122\n" +
+	"\amembers\x18\x03 \x03(\v2\x18.quorate.v1.MemberHashesR\amembers\x12\x1c\n" +
+	"\tdiffering\x18\x04 \x03(\tR\tdiffering\"c\n" +
+	"\fMemberHashes\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\rR\x02id\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12-\n" +
+	"\x06tables\x18\x03 \x03(\v2\x15.quorate.v1.TableHashR\x06tables\"G\n" +
+	"\tTableHash\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04rows\x18\x02 \x01(\x04R\x04rows\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\tR\x04hash\"_\n" +
+	"\vHashRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\"e\n" +
+	"\fHashResponse\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x10\n" +
+	"\x03csn\x18\x02 \x01(\x04R\x03csn\x12-\n" +
+	"\x06tables\x18\x03 \x03(\v2\x15.quorate.v1.TableHashR\x06tables*T\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rROLE_FOLLOWER\x10\x01\x12\x12\n" +
 	"\x0eROLE_CANDIDATE\x10\x02\x12\x0f\n" +
-	"\vROLE_LEADER\x10\x032J\n" +
+	"\vROLE_LEADER\x10\x032\xc8\x01\n" +
 	"\aCluster\x12?\n" +
-	"\x06Status\x12\x19.quorate.v1.StatusRequest\x1a\x1a.quorate.v1.StatusResponseB7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
+	"\x06Status\x12\x19.quorate.v1.StatusRequest\x1a\x1a.quorate.v1.StatusResponse\x12?\n" +
+	"\x06Verify\x12\x19.quorate.v1.VerifyRequest\x1a\x1a.quorate.v1.VerifyResponse\x12;\n" +
+	"\x04Hash\x12\x17.quorate.v1.HashRequest\x1a\x18.quorate.v1.HashResponse0\x01B7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
 
 var (
 	file_quorate_v1_cluster_proto_rawDescOnce sync.Once
@@ -458,23 +830,36 @@ func file_quorate_v1_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_quorate_v1_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_quorate_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_quorate_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_quorate_v1_cluster_proto_goTypes = []any{
 	(Role)(0),              // 0: quorate.v1.Role
 	(*StatusRequest)(nil),  // 1: quorate.v1.StatusRequest
 	(*StatusResponse)(nil), // 2: quorate.v1.StatusResponse
 	(*Member)(nil),         // 3: quorate.v1.Member
+	(*VerifyRequest)(nil),  // 4: quorate.v1.VerifyRequest
+	(*VerifyResponse)(nil), // 5: quorate.v1.VerifyResponse
+	(*MemberHashes)(nil),   // 6: quorate.v1.MemberHashes
+	(*TableHash)(nil),      // 7: quorate.v1.TableHash
+	(*HashRequest)(nil),    // 8: quorate.v1.HashRequest
+	(*HashResponse)(nil),   // 9: quorate.v1.HashResponse
 }
 var file_quorate_v1_cluster_proto_depIdxs = []int32{
 	3, // 0: quorate.v1.StatusResponse.members:type_name -> quorate.v1.Member
 	0, // 1: quorate.v1.Member.role:type_name -> quorate.v1.Role
-	1, // 2: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
-	2, // 3: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
-	3, // [3:4] is the sub-list for method output_type
-	2, // [2:3] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	6, // 2: quorate.v1.VerifyResponse.members:type_name -> quorate.v1.MemberHashes
+	7, // 3: quorate.v1.MemberHashes.tables:type_name -> quorate.v1.TableHash
+	7, // 4: quorate.v1.HashResponse.tables:type_name -> quorate.v1.TableHash
+	1, // 5: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
+	4, // 6: quorate.v1.Cluster.Verify:input_type -> quorate.v1.VerifyRequest
+	8, // 7: quorate.v1.Cluster.Hash:input_type -> quorate.v1.HashRequest
+	2, // 8: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
+	5, // 9: quorate.v1.Cluster.Verify:output_type -> quorate.v1.VerifyResponse
+	9, // 10: quorate.v1.Cluster.Hash:output_type -> quorate.v1.HashResponse
+	8, // [8:11] is the sub-list for method output_type
+	5, // [5:8] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_quorate_v1_cluster_proto_init() }
@@ -489,7 +874,7 @@ func file_quorate_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_v1_cluster_proto_rawDesc), len(file_quorate_v1_cluster_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   3,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,8 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Cluster_Status_FullMethodName = "/quorate.v1.Cluster/Status"
+	Cluster_Verify_FullMethodName = "/quorate.v1.Cluster/Verify"
+	Cluster_Hash_FullMethodName   = "/quorate.v1.Cluster/Hash"
 )
 
 // ClusterClient is the client API for Cluster service.
@@ -35,6 +37,12 @@ type ClusterClient interface {
 	// Status returns what the answering node knows of itself and what the other members answered when it asked them,
 	// just now. A member that does not answer within a second is reported as such; it does not fail the call.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
+	// Verify compares the rows of all replicated tables on all members as of one place in the log, while clients go on.
+	// It takes as long as reading every table once. A member that cannot take part does not fail the call.
+	Verify(ctx context.Context, in *VerifyRequest, opts ...grpc.CallOption) (*VerifyResponse, error)
+	// Hash is how Verify asks a member. The first answer says that the member is waiting for the barrier to come in the
+	// log, the second one what its tables held there.
+	Hash(ctx context.Context, in *HashRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HashResponse], error)
 }
 
 type clusterClient struct {
@@ -55,6 +63,35 @@ func (c *clusterClient) Status(ctx context.Context, in *StatusRequest, opts ...g
 	return out, nil
 }
 
+func (c *clusterClient) Verify(ctx context.Context, in *VerifyRequest, opts ...grpc.CallOption) (*VerifyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VerifyResponse)
+	err := c.cc.Invoke(ctx, Cluster_Verify_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) Hash(ctx context.Context, in *HashRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HashResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Cluster_ServiceDesc.Streams[0], Cluster_Hash_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HashRequest, HashResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Cluster_HashClient = grpc.ServerStreamingClient[HashResponse]
+
 // ClusterServer is the server API for Cluster service.
 // All implementations must embed UnimplementedClusterServer
 // for forward compatibility.
@@ -64,6 +101,12 @@ type ClusterServer interface {
 	// Status returns what the answering node knows of itself and what the other members answered when it asked them,
 	// just now. A member that does not answer within a second is reported as such; it does not fail the call.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
+	// Verify compares the rows of all replicated tables on all members as of one place in the log, while clients go on.
+	// It takes as long as reading every table once. A member that cannot take part does not fail the call.
+	Verify(context.Context, *VerifyRequest) (*VerifyResponse, error)
+	// Hash is how Verify asks a member. The first answer says that the member is waiting for the barrier to come in the
+	// log, the second one what its tables held there.
+	Hash(*HashRequest, grpc.ServerStreamingServer[HashResponse]) error
 	mustEmbedUnimplementedClusterServer()
 }
 
@@ -76,6 +119,12 @@ type UnimplementedClusterServer struct{}
 
 func (UnimplementedClusterServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedClusterServer) Verify(context.Context, *VerifyRequest) (*VerifyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Verify not implemented")
+}
+func (UnimplementedClusterServer) Hash(*HashRequest, grpc.ServerStreamingServer[HashResponse]) error {
+	return status.Error(codes.Unimplemented, "method Hash not implemented")
 }
 func (UnimplementedClusterServer) mustEmbedUnimplementedClusterServer() {}
 func (UnimplementedClusterServer) testEmbeddedByValue()                 {}
@@ -116,6 +165,35 @@ func _Cluster_Status_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Cluster_Verify_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).Verify(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_Verify_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).Verify(ctx, req.(*VerifyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_Hash_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(HashRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ClusterServer).Hash(m, &grpc.GenericServerStream[HashRequest, HashResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Cluster_HashServer = grpc.ServerStreamingServer[HashResponse]
+
 // Cluster_ServiceDesc is the grpc.ServiceDesc for Cluster service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -127,7 +205,17 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _Cluster_Status_Handler,
 		},
+		{
+			MethodName: "Verify",
+			Handler:    _Cluster_Verify_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Hash",
+			Handler:       _Cluster_Hash_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "quorate/v1/cluster.proto",
 }
