@@ -100,8 +100,9 @@ type Status struct {
 	CommitIndex  txn.LogIndex // known here to be committed
 	AppliedIndex txn.LogIndex // the last entry that Machine.Apply has returned for, or Restore covered
 	// LastContact is when this node last heard from the leader; zero if it leads or never has.
-	LastContact time.Time
-	Members     []Member // ascending
+	LastContact   time.Time
+	QuorumContact time.Time // see Consensus.QuorumContact
+	Members       []Member  // ascending
 }
 
 // Consensus is one member of the group. All methods may be called from any goroutine.
@@ -436,14 +437,15 @@ func (c *Consensus) TakeSnapshot() error {
 func (c *Consensus) Status() Status {
 	_, leader := c.raft.LeaderWithID()
 	s := Status{
-		Node:         c.config.Node,
-		State:        stateOf(c.raft.State()),
-		Leader:       nodeID(leader),
-		Term:         c.raft.CurrentTerm(),
-		LastIndex:    txn.LogIndex(c.raft.LastIndex()),
-		CommitIndex:  txn.LogIndex(c.raft.CommitIndex()),
-		AppliedIndex: txn.LogIndex(c.feed.applied.Load()),
-		Members:      c.members.list(),
+		Node:          c.config.Node,
+		State:         stateOf(c.raft.State()),
+		Leader:        nodeID(leader),
+		Term:          c.raft.CurrentTerm(),
+		LastIndex:     txn.LogIndex(c.raft.LastIndex()),
+		CommitIndex:   txn.LogIndex(c.raft.CommitIndex()),
+		AppliedIndex:  txn.LogIndex(c.feed.applied.Load()),
+		Members:       c.members.list(),
+		QuorumContact: c.QuorumContact(),
 	}
 	if s.State != Leader {
 		s.LastContact = c.raft.LastContact()

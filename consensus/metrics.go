@@ -3,6 +3,7 @@ package consensus
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -56,6 +57,9 @@ func newMetrics(status func() Status) *metrics {
 		gauge("term", "Raft's current term.", func(s Status) float64 { return float64(s.Term) }),
 		gauge("last_index", "Index of the last entry in this node's log.", func(s Status) float64 { return float64(s.LastIndex) }),
 		gauge("commit_index", "Index of the last entry known to be committed.", func(s Status) float64 { return float64(s.CommitIndex) }),
+		gauge("quorum_contact_age_seconds", "Time since this node last knew that a majority was there.", func(s Status) float64 {
+			return time.Since(s.QuorumContact).Seconds()
+		}),
 		gauge("applied_index", "Index of the last entry that this node's state machine has taken.", func(s Status) float64 { return float64(s.AppliedIndex) }),
 	}
 	for _, outcome := range []string{outcomeRefused, outcomeUnknown} {
