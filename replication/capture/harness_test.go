@@ -27,7 +27,7 @@ import (
 )
 
 // patience bounds every wait of the tests.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // node is a server with Quorate's objects and a running Capture.
 type node struct {
