@@ -50,6 +50,7 @@ type stream struct {
 	interned  map[uint32]*relation    // the latest of each relation, so that a repeated one is not parsed again
 	types     []byte                  // framed Type messages that belong to the next description
 	memory    int64                   // bytes of all journals outside files
+	unmarked  int                     // messages since the last marker
 	free      []*transaction
 	assembler *assembler
 }
@@ -101,6 +102,7 @@ func (s *stream) receive(ctx context.Context, body []byte, sent time.Time) error
 		return malformed(body)
 	}
 	c := cursor{rest: body[1:]}
+	s.unmarked++
 	switch kind := body[0]; kind {
 	case msgStreamStart:
 		xid := c.uint32()
@@ -437,6 +439,7 @@ func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error
 	switch {
 	case !m.transactional:
 		if string(m.prefix) == pg.PrefixMarker {
+			s.unmarked = 0
 			s.marker(ctx, string(m.content), sent)
 		}
 	case s.current == nil:
