@@ -50,7 +50,9 @@ func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) (token strin
 			return "", fmt.Errorf("%w: it is %q, the configuration says %q", ErrForeignData, found, want)
 		}
 	}
-	script := "BEGIN READ WRITE;\nSET LOCAL session_replication_role = replica;\nSET LOCAL client_min_messages = warning;\n" + schema +
+	// The commit is flushed, whatever the settings say: with it everything that this start finds committed is on disk,
+	// which is what the log may be truncated by.
+	script := "BEGIN READ WRITE;\nSET LOCAL synchronous_commit = on;\nSET LOCAL session_replication_role = replica;\nSET LOCAL client_min_messages = warning;\n" + schema +
 		fmt.Sprintf("\nINSERT INTO quorate.identity (cluster, node, slot, max_nodes) VALUES (%s, %d, %d, %d) ON CONFLICT DO NOTHING;\nSELECT quorate.own_sequences();\nCOMMIT;",
 			quoteLiteral(id.Cluster), id.Node, id.Slot, id.MaxNodes)
 	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
