@@ -257,6 +257,7 @@ func (c *Consensus) start() {
 // stored passes on what the log has stored: see transport.stored.
 func (c *Consensus) stored(index, term uint64) {
 	if c.transport != nil { // not yet while bootstrapping
+		c.metrics.flushes.Inc()
 		c.transport.stored(index, term)
 	}
 }

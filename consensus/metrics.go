@@ -15,6 +15,7 @@ type metrics struct {
 	failures       *prometheus.CounterVec
 	elections      prometheus.Counter
 	notices        prometheus.Counter
+	flushes        prometheus.Counter
 	verifications  *prometheus.CounterVec
 
 	all      []prometheus.Collector
@@ -48,11 +49,13 @@ func newMetrics(status func() Status) *metrics {
 			counter("elections_total", "Elections that this node has stood for.")),
 		notices: prometheus.NewCounter(
 			counter("notices_injected_total", "Commit notices that told this node's Raft of a commit before the leader's next message.")),
+		flushes: prometheus.NewCounter(
+			counter("log_flushes_total", "Appends to this node's log; each is one flush of its file.")),
 		verifications: prometheus.NewCounterVec(
 			counter("log_verifications_total", "Comparisons of a range of this node's log with the leader's checksum."), []string{"result"}),
 	}
 	m.all = []prometheus.Collector{
-		m.proposeSeconds, m.failures, m.elections, m.notices, m.verifications,
+		m.proposeSeconds, m.failures, m.elections, m.notices, m.flushes, m.verifications,
 		gauge("leader_node", "The node that this node believes to lead; 0: none.", func(s Status) float64 { return float64(s.Leader) }),
 		gauge("term", "Raft's current term.", func(s Status) float64 { return float64(s.Term) }),
 		gauge("last_index", "Index of the last entry in this node's log.", func(s Status) float64 { return float64(s.LastIndex) }),
