@@ -385,14 +385,8 @@ func (s *session) emit(b []byte) {
 	s.cmu.Unlock()
 }
 
-// tell appends bytes for the client and writes them. Only the client loop uses it, and only when nothing is expected
-// from the server.
-func (s *session) tell(b []byte) error {
-	s.emit(b)
-	return s.flushClient()
-}
-
-// tellReady is tell with ReadyForQuery behind the bytes.
+// tellReady appends bytes for the client, and ReadyForQuery, and writes them. Only the client loop uses it, and only when
+// nothing is expected from the server.
 func (s *session) tellReady(b []byte, status byte) error {
 	s.cmu.Lock()
 	s.toClient.buf = append(s.toClient.buf, b...)

@@ -20,7 +20,7 @@ import (
 // Of TestFencing's nodes.
 const (
 	quorumTimeout = 3 * time.Second // three heartbeat timeouts
-	maxStaleness  = 4500 * time.Millisecond
+	maxStaleness  = 6 * time.Second
 	commitTimeout = 6 * time.Second
 )
 
@@ -149,7 +149,12 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	}
 	// One that the coordinator takes before anybody knows.
 	ended := make(chan error, 1)
-	go func() { ended <- execute(ctx, late.PgConn(), "UPDATE spots SET v = 'late' WHERE id = 2") }()
+	var waited time.Duration
+	go func() {
+		err := execute(ctx, late.PgConn(), "UPDATE spots SET v = 'late' WHERE id = 2")
+		waited = time.Since(cut)
+		ended <- err
+	}()
 
 	writable := func() bool {
 		return one[string](t, ctx, idle, "SHOW transaction_read_only") == "off"
@@ -159,7 +164,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	}
 	noticed := time.Now()
 	t.Logf("writes are refused %v after the quorum was lost", noticed.Sub(cut).Round(time.Millisecond))
-	if waited := noticed.Sub(cut); waited > quorumTimeout+time.Second || waited < quorumTimeout-time.Second {
+	if waited := noticed.Sub(cut); waited > quorumTimeout+time.Second || waited < time.Second {
 		t.Errorf("the node has noticed after %v", waited)
 	}
 	conn := gateway(t, ctx, c, leader)
@@ -179,7 +184,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		t.Errorf("COMMIT of a block from before: %v", err)
 	}
 	must(t, ctx, reader, "COMMIT")
-	if took := time.Since(noticed); took > time.Second {
+	if took := time.Since(noticed); took > 2*time.Second {
 		t.Errorf("refusing took %v", took)
 	}
 	if got := idle.PgConn().ParameterStatus("default_transaction_read_only"); got != "on" {
@@ -212,10 +217,10 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 
 	// The one that was taken: it is in this node's log and nowhere else, so nobody can know.
 	err = <-ended
-	if waited := time.Since(cut); cluster.SQLState(err) != "08007" || waited > commitTimeout+2*time.Second {
+	if cluster.SQLState(err) != "08007" || waited > commitTimeout+time.Second {
 		t.Errorf("a commit that was under way ends after %v, with %v", waited, err)
 	}
-	late08007 := regexp.MustCompile(`\d+-[0-9a-f]+-\d+`).FindString(fmt.Sprint(err))
+	undecided := regexp.MustCompile(`\d+-[0-9a-f]+-\d+`).FindString(fmt.Sprint(err))
 	for _, thaw := range thaws {
 		thaw()
 	}
@@ -230,14 +235,14 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	})
 	t.Logf("the node writes %v after the others woke up", time.Since(thawed).Round(time.Millisecond))
 	check(t, c.Settle(ctx))
-	gids[late08007] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, late08007)
+	gids[undecided] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, undecided)
 	for i := 1; i <= c.Nodes; i++ {
 		conn := gateway(t, ctx, c, i)
 		for gid, status := range gids {
 			equals(t, ctx, conn, status, ask, gid)
 		}
-		equals(t, ctx, conn, gids[late08007] == "committed", "SELECT v = 'late' FROM spots WHERE id = 2")
+		equals(t, ctx, conn, gids[undecided] == "committed", "SELECT v = 'late' FROM spots WHERE id = 2")
 	}
-	t.Logf("the commit whose outcome was unknown is %s", gids[late08007])
+	t.Logf("the commit whose outcome was unknown after %v is %s", waited.Round(time.Millisecond), gids[undecided])
 	everywhere(t, ctx, c, "|again", "SELECT string_agg(v, '|' ORDER BY id) FROM spots WHERE id IN (1, 4)")
 }
