@@ -19,7 +19,7 @@ build:
 # each other, until time limits inside the tests are missed. Nothing from Go's cache: tests that build and run the command
 # depend on code that the cache does not know they depend on.
 test:
-	$(GO) test -race -count=1 -p 2 -timeout 10m ./...
+	$(GO) test -race -count=1 -p 2 -timeout 15m ./...
 
 demo: build
 	bin/quorate demo
