@@ -55,7 +55,7 @@ func command(ctx context.Context) (err error) {
 		return err
 	}
 	if *measure > 0 {
-		return Measure(ctx, o.Binary, *measure, os.Stdout)
+		return Measure(ctx, o.Binary, o.Kinds, *measure, os.Stdout)
 	}
 	summary, err := Run(ctx, o)
 	fmt.Print(summary)

@@ -20,7 +20,7 @@ import (
 	"github.com/quorate/quorate/test/network"
 )
 
-// measured are the faults whose cost is measured, each for a leader and for a follower.
+// measured are the faults whose cost is measured by default, each for a leader and for a follower.
 var measured = []faults.Kind{
 	faults.PostgresKilled, faults.SidecarKilled, faults.NodeKilled, faults.SidecarStopped,
 	faults.SidecarFrozen, faults.PostgresFrozen, faults.Isolated, faults.Deaf, faults.Mute, faults.Partial,
@@ -38,7 +38,10 @@ const (
 
 // Measure says, for each fault, how long clients of the nodes that it did not hit could not commit, and what all clients
 // were told. It writes a table.
-func Measure(ctx context.Context, binary string, rounds int, out io.Writer) (err error) {
+func Measure(ctx context.Context, binary string, kinds []faults.Kind, rounds int, out io.Writer) (err error) {
+	if len(kinds) == 0 {
+		kinds = append([]faults.Kind{""}, measured...)
+	}
 	net, err := network.New(nodes)
 	if err != nil {
 		return err
@@ -66,7 +69,7 @@ func Measure(ctx context.Context, binary string, rounds int, out io.Writer) (err
 	defer func() { stop(); err = errors.Join(err, <-supervisor) }()
 
 	fmt.Fprintf(out, "| fault | of the | others without a commit, median and longest of %d | told at the node that is hit | told at others |\n|---|---|---|---|---|\n", rounds)
-	for _, kind := range append([]faults.Kind{""}, measured...) {
+	for _, kind := range kinds {
 		for _, role := range []faults.Role{faults.Leader, faults.Follower} {
 			var pauses []time.Duration
 			hit, others := map[string]int{}, map[string]int{}
@@ -75,14 +78,14 @@ func Measure(ctx context.Context, binary string, rounds int, out io.Writer) (err
 					return err
 				}
 				m := &measurement{cluster: c, commits: map[int][]time.Time{}, told: map[int]map[string]int{}}
-				pause, node, err := m.run(ctx, injector, faults.Fault{Kind: kind, Role: role, Seed: uint64(round)})
+				pause, broken, err := m.run(ctx, injector, faults.Fault{Kind: kind, Role: role, Seed: uint64(round)})
 				if err != nil {
 					return fmt.Errorf("measure %s of %s: %w", kind, role, err)
 				}
 				pauses = append(pauses, pause)
 				for i, told := range m.told {
 					into := others
-					if i == node {
+					if slices.Contains(broken, i) {
 						into = hit
 					}
 					for state, n := range told {
@@ -115,8 +118,8 @@ type measurement struct {
 	told    map[int]map[string]int // by node: errors by SQLSTATE
 }
 
-// run returns the longest time for which the clients of a node that was not hit could not commit, and which node was hit.
-func (m *measurement) run(ctx context.Context, injector *faults.Injector, f faults.Fault) (time.Duration, int, error) {
+// run returns the longest time for which the clients of a node that was not hit could not commit, and which nodes were.
+func (m *measurement) run(ctx context.Context, injector *faults.Injector, f faults.Fault) (time.Duration, []int, error) {
 	working, stop := context.WithCancel(ctx)
 	var clients sync.WaitGroup
 	for i := 1; i <= m.cluster.Nodes; i++ {
@@ -126,23 +129,23 @@ func (m *measurement) run(ctx context.Context, injector *faults.Injector, f faul
 	}
 	wait(ctx, steady)
 	begun := time.Now()
-	node, err := 0, error(nil)
+	var hit []int
+	var err error
 	if f.Kind == "" {
 		wait(ctx, observed)
+	} else if a, injected := injector.Inject(ctx, f); injected == nil {
+		hit = a.Hit
+		wait(ctx, observed)
+		err = injector.Heal(ctx, a)
 	} else {
-		var a *faults.Active
-		if a, err = injector.Inject(ctx, f); err == nil {
-			node = a.Node
-			wait(ctx, observed)
-			err = injector.Heal(ctx, a)
-		}
+		err = injected
 	}
 	wait(ctx, steady)
 	stop()
 	clients.Wait()
 	longest := time.Duration(0)
 	for i := 1; i <= m.cluster.Nodes; i++ {
-		if i == node {
+		if slices.Contains(hit, i) {
 			continue
 		}
 		last := begun
@@ -153,7 +156,7 @@ func (m *measurement) run(ctx context.Context, injector *faults.Injector, f faul
 			}
 		}
 	}
-	return longest, node, err
+	return longest, hit, err
 }
 
 // client commits at one node, whatever happens to it.

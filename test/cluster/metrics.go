@@ -15,8 +15,9 @@ func (c *Cluster) Metrics(ctx context.Context, i int) (map[string]float64, error
 	if err != nil {
 		return nil, fmt.Errorf("metrics of node %d: %w", i, err)
 	}
-	request.Close = true // a connection that is kept would be one of the node's goroutines
-	response, err := http.DefaultClient.Do(request)
+	// A connection that is kept would be one of the node's goroutines; and may lead to a network that is no more.
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	response, err := client.Do(request)
 	if err != nil {
 		return nil, fmt.Errorf("metrics of node %d: %w", i, err)
 	}

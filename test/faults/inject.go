@@ -29,7 +29,7 @@ type Injector struct {
 // Active is a fault that has begun.
 type Active struct {
 	What  string // what was done, to whom
-	Node  int    // the one that is hit, or the first of them
+	Hit   []int  // the nodes that it hits
 	links map[way]network.Link
 	heal  func(ctx context.Context) error
 }
@@ -97,7 +97,7 @@ func (x *Injector) Inject(ctx context.Context, f Fault) (*Active, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	ch := x.choose(ctx, f)
-	a := &Active{What: fmt.Sprintf("node %d", ch.order[0]), Node: ch.order[0], heal: func(context.Context) error { return nil }}
+	a := &Active{What: fmt.Sprintf("node %d", ch.order[0]), Hit: ch.order[:1], heal: func(context.Context) error { return nil }}
 	err := x.begin(ctx, f.Kind, ch, a)
 	if err != nil {
 		return nil, fmt.Errorf("inject %s: %w", f.Kind, err)
@@ -159,7 +159,7 @@ func (x *Injector) begin(ctx context.Context, kind Kind, ch choice, a *Active) e
 	case NodeKilled:
 		return x.takeDown(a, []int{i}, func(int) error { return x.killNode(i, ch.random) })
 	case AllKilled:
-		a.What = fmt.Sprintf("nodes %v", ch.order)
+		a.What, a.Hit = fmt.Sprintf("nodes %v", ch.order), ch.order
 		return x.takeDown(a, ch.order, func(i int) error { return x.killNode(i, ch.random) })
 	case SidecarFrozen:
 		return freeze(a, x.sidecar(i))
@@ -182,10 +182,10 @@ func (x *Injector) begin(ctx context.Context, kind Kind, ch choice, a *Active) e
 		bad.Jitter = bad.Delay / 4
 		a.What += fmt.Sprintf(", by %v", bad.Delay)
 	case Partial:
-		a.What = fmt.Sprintf("node %d and node %d", i, others[0])
+		a.What, a.Hit = fmt.Sprintf("node %d and node %d", i, others[0]), []int{i, others[0]}
 		others = others[:1]
 	case Severed:
-		a.What = "all nodes"
+		a.What, a.Hit = "all nodes", ch.order
 		for _, from := range ch.order {
 			for _, to := range ch.order {
 				a.links[way{from, to}] = bad

@@ -41,6 +41,9 @@ type Network struct {
 	work  sync.WaitGroup
 	done  chan struct{}
 	once  sync.Once
+
+	mu   sync.Mutex
+	errs []error // what broke; Close returns it
 }
 
 // end is a node, or the clients.
@@ -171,7 +174,17 @@ func (n *Network) Host(i int) string { return n.ends[i].address.String() }
 // Set changes the link between two ends in one direction.
 func (n *Network) Set(from, to int, l Link) { n.links[from][to].state.Store(&l) }
 
-// Close ends the network. The processes of its nodes should have ended before.
+// broke notes that an end cannot send any more, unless that is because of Close.
+func (n *Network) broke(end int, err error) {
+	if errors.Is(err, os.ErrClosed) {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.errs = append(n.errs, fmt.Errorf("network: read what end %d sends: %w", end, err))
+}
+
+// Close ends the network and returns what was wrong with it. The processes of its nodes should have ended before.
 func (n *Network) Close() error {
 	var errs []error
 	n.once.Do(func() {
@@ -185,6 +198,7 @@ func (n *Network) Close() error {
 			}
 		}
 		n.work.Wait()
+		errs = append(errs, n.errs...)
 	})
 	return errors.Join(errs...)
 }
@@ -195,7 +209,8 @@ func (n *Network) route(from int, device *os.File) {
 	for {
 		size, err := device.Read(buffer)
 		if err != nil {
-			return // closed
+			n.broke(from, err)
+			return
 		}
 		to := n.destination(buffer[:size])
 		if to < 0 {
