@@ -105,11 +105,13 @@ func New(nodes int) (_ *Network, err error) {
 }
 
 // openClients makes the device of the clients, and with it finds a range of addresses that is free: a device has one name
-// for each. The ranges are those that are reserved for test networks.
+// for each. The ranges are those that are reserved for test networks. It is drawn, so that a network seldom has the
+// addresses of the one before, to which the kernel may still have connections that nobody has ended.
 func (n *Network) openClients() (netip.Addr, error) {
 	var last error
+	first := rand.IntN(maxNetworks)
 	for i := range maxNetworks {
-		number := (os.Getpid() + i) % maxNetworks
+		number := (first + i) % maxNetworks
 		prefix := netip.AddrFrom4([4]byte{198, 18, byte(number), 0})
 		device, err := openDevice(fmt.Sprintf("quorate%d", number), within(prefix, 254))
 		if err == nil {
