@@ -35,8 +35,10 @@ func checkPgbench(t *testing.T, ctx context.Context, c *cluster.Cluster, acknowl
 
 // TestPgbench runs pgbench's three scripts in its three protocols, on all nodes at once.
 func TestPgbench(t *testing.T) {
-	c, ctx := shared(t)
-	initPgbench(t, ctx, c, 3)
+	c, _ := shared(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*testTimeout) // loading the tables is most of it
+	defer cancel()
+	initPgbench(t, ctx, c, 1)
 	var acknowledged atomic.Int64
 	for _, script := range []string{"tpcb-like", "simple-update", "select-only"} {
 		var group sync.WaitGroup
@@ -81,17 +83,18 @@ type stress struct {
 }
 
 func TestStress(t *testing.T) {
-	duration := 10 * time.Second
+	duration, scale := 10*time.Second, 2
 	if text := os.Getenv(stressVariable); text != "" {
 		var err error
 		if duration, err = time.ParseDuration(text); err != nil {
 			t.Fatalf("%s: %v", stressVariable, err)
 		}
+		scale = 5
 	}
 	c, _ := shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), duration+2*testTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), duration+5*testTimeout)
 	defer cancel()
-	initPgbench(t, ctx, c, 5)
+	initPgbench(t, ctx, c, scale)
 	create(t, ctx, c,
 		"DROP TABLE IF EXISTS s_hot, s_upsert, s_claim, s_local, s_child, s_parent",
 		"CREATE TABLE s_hot (id int PRIMARY KEY, n bigint NOT NULL)", "INSERT INTO s_hot VALUES (1, 0)",
