@@ -569,6 +569,9 @@ func fullDisk(t *testing.T, leads bool) {
 		}
 	}
 	tc.nodes[3-full-other].machine.awaitIndex(t, tc.propose(other, "after"))
+	// First: it goes on to answer heartbeats, so a leader that had nobody else would keep its lease, and Close, which
+	// waits for what is proposed, would wait for a majority.
+	tc.stop(full)
 }
 
 // breakDisk makes every append from here on fail, once what is on its way has been written.
