@@ -3,21 +3,19 @@ package admin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/quorate/quorate/internal/peers"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/txn"
 )
@@ -68,16 +66,17 @@ type Member struct {
 type Config struct {
 	Cluster string
 	Node    txn.NodeID
-	Version string   // of Quorate
-	Members []Member // this node included
-	Source  Source
+	Version string // of Quorate
+	// Members returns the members as of now, this node included if it is one. It must be safe for concurrent use and
+	// not block.
+	Members func() []Member
+	// Peers connects to the other members. It stays the caller's, who closes it after the Admin.
+	Peers  *peers.Pool
+	Source Source
 }
 
 // askTimeout bounds how long Status waits for other members.
 const askTimeout = time.Second
-
-// shortBackoff is for reconnecting to a member.
-var shortBackoff = backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: askTimeout}
 
 // NoContact is the state of a member that did not answer.
 const NoContact = "no contact"
@@ -87,36 +86,16 @@ type Admin struct {
 	pb.UnimplementedClusterServer
 	cfg    Config
 	health *health.Server
-	peers  map[txn.NodeID]*peer
-}
 
-// peer is a connection to another member. gRPC connects when it is first used, and again as needed.
-type peer struct {
-	conn   *grpc.ClientConn
-	client pb.ClusterClient
-
-	mu    sync.Mutex // guards heard
-	heard time.Time  // when it last answered
+	mu    sync.Mutex               // guards heard
+	heard map[txn.NodeID]time.Time // when a member last answered
 }
 
 // New returns an Admin that connects to nobody until it is asked.
-func New(c Config) (*Admin, error) {
-	a := &Admin{cfg: c, health: health.NewServer(), peers: map[txn.NodeID]*peer{}}
+func New(c Config) *Admin {
+	a := &Admin{cfg: c, health: health.NewServer(), heard: make(map[txn.NodeID]time.Time)}
 	a.SetServing(false)
-	for _, m := range c.Members {
-		if m.ID == c.Node {
-			continue
-		}
-		conn, err := grpc.NewClient("passthrough:///"+m.GRPC,
-			grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
-			// gRPC's own pause after a failure grows to two minutes: a member that came back would look dead.
-			grpc.WithConnectParams(grpc.ConnectParams{Backoff: shortBackoff, MinConnectTimeout: askTimeout}))
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("prepare connection to node %s: %w", m.ID, err), a.Close())
-		}
-		a.peers[m.ID] = &peer{conn: conn, client: pb.NewClusterClient(conn)}
-	}
-	return a, nil
+	return a
 }
 
 // Register adds the API, health and reflection to a gRPC server. Reflection shows what was registered before the
@@ -137,16 +116,8 @@ func (a *Admin) SetServing(writes bool) {
 	a.health.SetServingStatus(pb.Cluster_ServiceDesc.ServiceName, s)
 }
 
-// Close ends health watches, so that a graceful stop of the server does not wait for them, and the connections to the
-// other members. Call it before that stop.
-func (a *Admin) Close() error {
-	a.health.Shutdown()
-	var errs []error
-	for _, p := range a.peers {
-		errs = append(errs, p.conn.Close())
-	}
-	return errors.Join(errs...)
-}
+// Close ends health watches, so that a graceful stop of the server does not wait for them. Call it before that stop.
+func (a *Admin) Close() { a.health.Shutdown() }
 
 // Status implements the RPC.
 func (a *Admin) Status(ctx context.Context, req *pb.StatusRequest) (*pb.StatusResponse, error) {
@@ -178,9 +149,10 @@ func (a *Admin) Status(ctx context.Context, req *pb.StatusRequest) (*pb.StatusRe
 func (a *Admin) askAll(ctx context.Context, own Status) []*pb.Member {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	members := make([]*pb.Member, len(a.cfg.Members))
+	all := a.cfg.Members()
+	members := make([]*pb.Member, len(all))
 	var wg sync.WaitGroup
-	for i, m := range a.cfg.Members {
+	for i, m := range all {
 		if m.ID == a.cfg.Node {
 			members[i] = a.self(own)
 			continue
@@ -194,25 +166,32 @@ func (a *Admin) askAll(ctx context.Context, own Status) []*pb.Member {
 
 // ask returns what a member says of itself. Who it is and where it is found is not its to say.
 func (a *Admin) ask(ctx context.Context, m Member) *pb.Member {
-	p := a.peers[m.ID]
-	resp, err := p.client.Status(ctx, &pb.StatusRequest{Local: true})
 	got := &pb.Member{State: NoContact}
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	resp, err := a.askStatus(ctx, m.ID)
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	switch {
 	case err != nil:
 		got.Reason = status.Convert(err).Message()
 	case resp.Cluster != a.cfg.Cluster || resp.Node != uint32(m.ID) || len(resp.Members) != 1:
 		got.Reason = fmt.Sprintf("%s is node %d of cluster %q", m.GRPC, resp.Node, resp.Cluster)
 	default:
-		got, p.heard = resp.Members[0], time.Now()
+		got, a.heard[m.ID] = resp.Members[0], time.Now()
 	}
 	got.LastContactMs = nil
-	if !p.heard.IsZero() {
-		got.LastContactMs = proto.Uint64(uint64(time.Since(p.heard).Milliseconds()))
+	if heard, ever := a.heard[m.ID]; ever {
+		got.LastContactMs = proto.Uint64(uint64(time.Since(heard).Milliseconds()))
 	}
 	m.describe(got)
 	return got
+}
+
+func (a *Admin) askStatus(ctx context.Context, id txn.NodeID) (*pb.StatusResponse, error) {
+	conn, err := a.cfg.Peers.Conn(id)
+	if err != nil {
+		return nil, err
+	}
+	return pb.NewClusterClient(conn).Status(ctx, &pb.StatusRequest{Local: true})
 }
 
 func (a *Admin) self(s Status) *pb.Member {
@@ -222,7 +201,8 @@ func (a *Admin) self(s Status) *pb.Member {
 		Csn: uint64(s.CSN), AppliedCsn: uint64(s.Applied), Version: a.cfg.Version, PostgresVersion: s.Postgres,
 		LastContactMs: proto.Uint64(0),
 	}
-	for _, m := range a.cfg.Members {
+	got.Id = uint32(a.cfg.Node)
+	for _, m := range a.cfg.Members() {
 		if m.ID == a.cfg.Node {
 			m.describe(got)
 		}

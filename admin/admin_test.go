@@ -13,6 +13,7 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/internal/peers"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/txn"
 )
@@ -30,10 +31,15 @@ func (source) Hash(context.Context, txn.GID, func()) (admin.Hashes, error) {
 // serve starts one node's API on a listener.
 func serve(t *testing.T, l net.Listener, c admin.Config) (*admin.Admin, *grpc.Server) {
 	t.Helper()
-	a, err := admin.New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c.Peers = peers.New(func(id txn.NodeID) (string, bool) {
+		for _, m := range c.Members() {
+			if m.ID == id {
+				return m.GRPC, true
+			}
+		}
+		return "", false
+	})
+	a := admin.New(c)
 	s := grpc.NewServer()
 	a.Register(s)
 	done := make(chan struct{})
@@ -44,13 +50,18 @@ func serve(t *testing.T, l net.Listener, c admin.Config) (*admin.Admin, *grpc.Se
 		}
 	}()
 	t.Cleanup(func() {
-		if err := a.Close(); err != nil {
+		a.Close()
+		if err := c.Peers.Close(); err != nil {
 			t.Error(err)
 		}
 		s.Stop()
 		<-done
 	})
 	return a, s
+}
+
+func list(members ...admin.Member) func() []admin.Member {
+	return func() []admin.Member { return members }
 }
 
 func listen(t *testing.T) net.Listener {
@@ -85,7 +96,7 @@ func TestStatus(t *testing.T) {
 		{ID: 4, Raft: "r4", GRPC: stranger.Addr().String()},
 	}
 	config := func(cluster string, id txn.NodeID, s admin.Status) admin.Config {
-		return admin.Config{Cluster: cluster, Node: id, Version: "test", Members: members, Source: source(s)}
+		return admin.Config{Cluster: cluster, Node: id, Version: "test", Members: list(members...), Source: source(s)}
 	}
 	serve(t, l1, config("c", 1, admin.Status{Leader: 2, Role: admin.Follower, Term: 7, CommitIndex: 100, AppliedIndex: 90,
 		CSN: 50, Applied: 40, State: "catching-up", Reason: "behind"}))
@@ -139,7 +150,7 @@ func TestStatusOfSilentMember(t *testing.T) {
 	l, silent := listen(t), listen(t)
 	defer silent.Close()
 	serve(t, l, admin.Config{Cluster: "c", Node: 1, Version: "test", Source: source{State: "active"},
-		Members: []admin.Member{{ID: 1, GRPC: l.Addr().String()}, {ID: 2, GRPC: silent.Addr().String()}}})
+		Members: list(admin.Member{ID: 1, GRPC: l.Addr().String()}, admin.Member{ID: 2, GRPC: silent.Addr().String()})})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	resp, err := pb.NewClusterClient(dial(t, l.Addr().String())).Status(ctx, &pb.StatusRequest{})
@@ -150,7 +161,7 @@ func TestStatusOfSilentMember(t *testing.T) {
 
 func TestHealthAndReflection(t *testing.T) {
 	l := listen(t)
-	a, _ := serve(t, l, admin.Config{Cluster: "c", Node: 1, Version: "test", Members: []admin.Member{{ID: 1}}, Source: source{}})
+	a, _ := serve(t, l, admin.Config{Cluster: "c", Node: 1, Version: "test", Members: list(admin.Member{ID: 1}), Source: source{}})
 	conn := dial(t, l.Addr().String())
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()

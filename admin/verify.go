@@ -57,7 +57,7 @@ func (a *Admin) Verify(ctx context.Context, _ *pb.VerifyRequest) (*pb.VerifyResp
 	}
 	barrier := txn.GID{Node: a.cfg.Node, Incarnation: binary.BigEndian.Uint64(number[:])}
 	var members []*member
-	for _, m := range a.cfg.Members {
+	for _, m := range a.cfg.Members() {
 		members = append(members, a.startHash(ctx, m.ID, barrier))
 	}
 	slices.SortFunc(members, func(x, y *member) int { return int(x.id) - int(y.id) })
@@ -144,7 +144,11 @@ func (a *Admin) startHash(ctx context.Context, id txn.NodeID, barrier txn.GID) *
 }
 
 func (a *Admin) askHash(ctx context.Context, id txn.NodeID, barrier txn.GID, ready func()) (Hashes, error) {
-	stream, err := a.peers[id].client.Hash(ctx, &pb.HashRequest{
+	conn, err := a.cfg.Peers.Conn(id)
+	if err != nil {
+		return Hashes{}, err
+	}
+	stream, err := pb.NewClusterClient(conn).Hash(ctx, &pb.HashRequest{
 		Node: uint32(barrier.Node), Incarnation: barrier.Incarnation, Sequence: barrier.Sequence,
 	})
 	if err != nil {

@@ -72,7 +72,7 @@ func verify(t *testing.T, hashers ...*hasher) (*pb.VerifyResponse, error) {
 		members = append(members, admin.Member{ID: txn.NodeID(i + 1), GRPC: l.Addr().String()})
 		h.log = log
 		serving[i] = func() {
-			serve(t, l, admin.Config{Cluster: "c", Node: txn.NodeID(i + 1), Version: "test", Members: members, Source: h})
+			serve(t, l, admin.Config{Cluster: "c", Node: txn.NodeID(i + 1), Version: "test", Members: list(members...), Source: h})
 		}
 	}
 	for _, start := range serving {

@@ -23,6 +23,7 @@ import (
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pgserver"
 )
 
@@ -48,6 +49,7 @@ type Node struct {
 	gateway   atomic.Pointer[gateway.Gateway]
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
+	peers     *peers.Pool
 
 	metrics    *prometheus.Registry
 	strays     prometheus.Counter

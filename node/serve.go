@@ -18,21 +18,19 @@ import (
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/peers"
 )
 
 // openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
 // they exist, and it serves once consensus is open.
 func (n *Node) openAdmin(context.Context) error {
 	n.grpc = grpc.NewServer()
-	members := make([]admin.Member, len(n.cfg.Members))
-	for i, m := range n.cfg.Members {
-		members[i] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
-	}
-	api, err := admin.New(admin.Config{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: members, Source: n})
-	if err != nil {
-		return err
-	}
-	n.onClose(func(context.Context) error { return api.Close() })
+	n.peers = peers.New(n.grpcAddress)
+	n.onClose(func(context.Context) error { return n.peers.Close() })
+	api := admin.New(admin.Config{
+		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n,
+	})
+	n.onClose(func(context.Context) error { api.Close(); return nil })
 	api.Register(n.grpc)
 	n.admin.Store(api)
 	return nil

@@ -31,11 +31,11 @@ const (
 var arrows = map[string][]string{
 	"cmd/quorate": {"node", "proto/quorate/v1", "txn", "internal/*"}, // the command line is a gRPC client
 	"node": {"gateway", "admin", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
-		"internal/config", "internal/pgserver", "internal/logkey", "internal/invariant"},
+		"internal/config", "internal/peers", "internal/pgserver", "internal/logkey", "internal/invariant"},
 
 	"gateway":   {"gateway/*", "txn", leaves},
 	"gateway/*": {"txn", leaves},
-	"admin":     {"proto/quorate/v1", "txn", leaves},
+	"admin":     {"proto/quorate/v1", "internal/peers", "txn", leaves}, // asks the other members
 	"dashboard": {"proto/quorate/v1", "txn", leaves},
 	"consensus": {"proto/quorate/consensus/v1", "txn", leaves}, // bytes in, ordered bytes out: no transactions
 
@@ -52,6 +52,7 @@ var arrows = map[string][]string{
 	"proto/*":     {},
 
 	"internal/config":          {"txn"},
+	"internal/peers":           {"txn"}, // connections to the other members
 	"internal/pgserver":        {"internal/logkey"},
 	"internal/pgserver/pgtest": {"internal/pgserver"},
 	"internal/invariant":       {},
