@@ -239,6 +239,9 @@ type Member struct {
 	PostgresVersion string `protobuf:"bytes,17,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
 	// How many milliseconds ago the answering node last heard from it, now included: absent if never since it started.
 	LastContactMs *uint64 `protobuf:"varint,18,opt,name=last_contact_ms,json=lastContactMs,proto3,oneof" json:"last_contact_ms,omitempty"`
+	// What it last said of itself in a heartbeat, and whom it hears; absent if nothing was ever heard.
+	Health        *Health  `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`
+	Hears         []*Heard `protobuf:"bytes,20,rep,name=hears,proto3" json:"hears,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -397,6 +400,20 @@ func (x *Member) GetLastContactMs() uint64 {
 		return *x.LastContactMs
 	}
 	return 0
+}
+
+func (x *Member) GetHealth() *Health {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
+func (x *Member) GetHears() []*Heard {
+	if x != nil {
+		return x.Hears
+	}
+	return nil
 }
 
 type VerifyRequest struct {
@@ -752,7 +769,7 @@ var File_quorate_v1_cluster_proto protoreflect.FileDescriptor
 const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18quorate/v1/cluster.proto\x12\n" +
-	"quorate.v1\"%\n" +
+	"quorate.v1\x1a\x1aquorate/v1/heartbeat.proto\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\bR\x05local\"\xcd\x01\n" +
 	"\x0eStatusResponse\x12\x18\n" +
@@ -762,7 +779,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\x05 \x01(\x04R\vcommitIndex\x12\x10\n" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
-	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xcc\x04\n" +
+	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xa1\x05\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +
@@ -783,7 +800,9 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x03lag\x18\x0f \x01(\x04R\x03lag\x12\x18\n" +
 	"\aversion\x18\x10 \x01(\tR\aversion\x12)\n" +
 	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12+\n" +
-	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x00R\rlastContactMs\x88\x01\x01B\x12\n" +
+	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x00R\rlastContactMs\x88\x01\x01\x12*\n" +
+	"\x06health\x18\x13 \x01(\v2\x12.quorate.v1.HealthR\x06health\x12'\n" +
+	"\x05hears\x18\x14 \x03(\v2\x11.quorate.v1.HeardR\x05hearsB\x12\n" +
 	"\x10_last_contact_ms\"\x0f\n" +
 	"\rVerifyRequest\"\x8a\x01\n" +
 	"\x0eVerifyResponse\x12\x14\n" +
@@ -842,24 +861,28 @@ var file_quorate_v1_cluster_proto_goTypes = []any{
 	(*TableHash)(nil),      // 7: quorate.v1.TableHash
 	(*HashRequest)(nil),    // 8: quorate.v1.HashRequest
 	(*HashResponse)(nil),   // 9: quorate.v1.HashResponse
+	(*Health)(nil),         // 10: quorate.v1.Health
+	(*Heard)(nil),          // 11: quorate.v1.Heard
 }
 var file_quorate_v1_cluster_proto_depIdxs = []int32{
-	3, // 0: quorate.v1.StatusResponse.members:type_name -> quorate.v1.Member
-	0, // 1: quorate.v1.Member.role:type_name -> quorate.v1.Role
-	6, // 2: quorate.v1.VerifyResponse.members:type_name -> quorate.v1.MemberHashes
-	7, // 3: quorate.v1.MemberHashes.tables:type_name -> quorate.v1.TableHash
-	7, // 4: quorate.v1.HashResponse.tables:type_name -> quorate.v1.TableHash
-	1, // 5: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
-	4, // 6: quorate.v1.Cluster.Verify:input_type -> quorate.v1.VerifyRequest
-	8, // 7: quorate.v1.Cluster.Hash:input_type -> quorate.v1.HashRequest
-	2, // 8: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
-	5, // 9: quorate.v1.Cluster.Verify:output_type -> quorate.v1.VerifyResponse
-	9, // 10: quorate.v1.Cluster.Hash:output_type -> quorate.v1.HashResponse
-	8, // [8:11] is the sub-list for method output_type
-	5, // [5:8] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	3,  // 0: quorate.v1.StatusResponse.members:type_name -> quorate.v1.Member
+	0,  // 1: quorate.v1.Member.role:type_name -> quorate.v1.Role
+	10, // 2: quorate.v1.Member.health:type_name -> quorate.v1.Health
+	11, // 3: quorate.v1.Member.hears:type_name -> quorate.v1.Heard
+	6,  // 4: quorate.v1.VerifyResponse.members:type_name -> quorate.v1.MemberHashes
+	7,  // 5: quorate.v1.MemberHashes.tables:type_name -> quorate.v1.TableHash
+	7,  // 6: quorate.v1.HashResponse.tables:type_name -> quorate.v1.TableHash
+	1,  // 7: quorate.v1.Cluster.Status:input_type -> quorate.v1.StatusRequest
+	4,  // 8: quorate.v1.Cluster.Verify:input_type -> quorate.v1.VerifyRequest
+	8,  // 9: quorate.v1.Cluster.Hash:input_type -> quorate.v1.HashRequest
+	2,  // 10: quorate.v1.Cluster.Status:output_type -> quorate.v1.StatusResponse
+	5,  // 11: quorate.v1.Cluster.Verify:output_type -> quorate.v1.VerifyResponse
+	9,  // 12: quorate.v1.Cluster.Hash:output_type -> quorate.v1.HashResponse
+	10, // [10:13] is the sub-list for method output_type
+	7,  // [7:10] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_quorate_v1_cluster_proto_init() }
@@ -867,6 +890,7 @@ func file_quorate_v1_cluster_proto_init() {
 	if File_quorate_v1_cluster_proto != nil {
 		return
 	}
+	file_quorate_v1_heartbeat_proto_init()
 	file_quorate_v1_cluster_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
