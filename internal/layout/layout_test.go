@@ -31,12 +31,12 @@ const (
 var arrows = map[string][]string{
 	"cmd/quorate": {"node", "proto/quorate/v1", "txn", "internal/*"}, // the command line is a gRPC client
 	"node": {"gateway", "admin", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
-		"internal/config", "internal/peers", "internal/pgserver", "internal/logkey", "internal/invariant"},
+		"internal/authz", "internal/config", "internal/peers", "internal/pgserver", "internal/pki", "internal/logkey", "internal/invariant"},
 
 	"gateway":   {"gateway/*", "txn", leaves},
 	"gateway/*": {"txn", leaves},
 	"admin":     {"proto/quorate/v1", "internal/peers", "txn", leaves}, // asks the other members
-	"dashboard": {"proto/quorate/v1", "txn", leaves},
+	"dashboard": {"proto/quorate/v1", "internal/authz", "internal/pki", "txn", leaves},
 	"consensus": {"proto/quorate/consensus/v1", "txn", leaves}, // bytes in, ordered bytes out: no transactions
 
 	"replication":         {"txn/certify", "txn/codec", "txn", leaves},
@@ -52,7 +52,10 @@ var arrows = map[string][]string{
 	"proto/*":     {},
 
 	"internal/config":          {"txn"},
-	"internal/peers":           {"txn"}, // connections to the other members
+	"internal/peers":           {"txn"},                     // connections to the other members
+	"internal/pki":             {"internal/reload", leaves}, // certificates
+	"internal/reload":          {leaves},
+	"internal/authz":           {"internal/pki", "internal/reload", leaves}, // who may do what, over gRPC and HTTP
 	"internal/pgserver":        {"internal/logkey"},
 	"internal/pgserver/pgtest": {"internal/pgserver"},
 	"internal/invariant":       {},
