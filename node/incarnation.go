@@ -101,6 +101,7 @@ func (i *incarnation) open() error {
 		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index); i.prune() },
 		Durable:   func(csn txn.CSN) error { return i.pipeline.Flush(i.ctx, csn) },
 		Member:    i.memberStarted,
+		Changed:   n.membershipChanged,
 		Barrier:   i.barrier,
 		Fail:      i.fail,
 	})

@@ -5,6 +5,8 @@ import (
 	"slices"
 
 	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -15,7 +17,7 @@ func (n *Node) members() []admin.Member {
 		known[m.ID] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
 	}
 	if i := n.current.Load(); i != nil {
-		for _, m := range i.machine.Members() { // by what they have announced, which is newer
+		for _, m := range i.machine.Membership().Members { // by what they have announced, which is newer
 			known[m.Node] = admin.Member{ID: m.Node, Raft: m.RaftAddress, GRPC: m.GRPCAddress, HTTP: m.HTTPAddress, Gateway: m.GatewayAddress}
 		}
 	}
@@ -30,4 +32,17 @@ func (n *Node) grpcAddress(id txn.NodeID) (string, bool) {
 		}
 	}
 	return "", false
+}
+
+// membershipChanged takes from the log what has become of the members.
+func (n *Node) membershipChanged(c replication.Change) {
+	if c.Founded {
+		n.log.Info("the log has founded the cluster")
+	}
+	if c.Admitted != 0 {
+		n.log.Info("a member was admitted", "member", c.Admitted)
+	}
+	for _, id := range c.Removed {
+		n.log.Info("a member was removed", "member", id, logkey.Reason, c.Reason)
+	}
 }

@@ -39,6 +39,8 @@ type Config struct {
 	Durable func(csn txn.CSN) error
 	// Member takes a member's announcement.
 	Member func(codec.Member)
+	// Changed takes what an entry has done to the membership, after it is done.
+	Changed func(Change)
 	// Barrier takes a barrier, when every decision before it has been delivered and none behind it.
 	Barrier func(barrier codec.Barrier, index txn.LogIndex)
 	// Fail stops the node: the log cannot be read, and skipping an entry would be divergence. Nothing is delivered
@@ -60,7 +62,7 @@ type Machine struct {
 	certifier *certify.Certifier
 	index     txn.LogIndex
 	chunks    map[txn.GID]*chunkList
-	members   map[txn.NodeID]codec.Member
+	members   members
 	outcomes  outcomes
 	advanced  chan struct{} // closed when index has grown, if somebody waits for that
 }
@@ -73,7 +75,7 @@ type chunkList struct {
 func New(cfg Config) *Machine {
 	return &Machine{
 		cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList),
-		members: make(map[txn.NodeID]codec.Member), outcomes: newOutcomes(keptOutcomes),
+		members: newMembers(), outcomes: newOutcomes(keptOutcomes),
 	}
 }
 
@@ -90,11 +92,16 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 	}
 	m.mu.Lock()
 	decisions := m.decide(index, entry)
+	change, changed := m.change(entry)
+	announced := entry.Member != nil && m.members.is(entry.Member.Node)
 	m.mu.Unlock()
 	if len(decisions) > 0 {
 		m.cfg.Deliver(decisions)
 	}
-	if entry.Member != nil {
+	if changed {
+		m.cfg.Changed(change)
+	}
+	if announced {
 		m.cfg.Member(*entry.Member)
 	}
 	if entry.Barrier != nil {
@@ -127,12 +134,32 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 	return nil
 }
 
+// change changes the membership by one entry. Called with mu held.
+func (m *Machine) change(entry codec.Entry) (c Change, ok bool) {
+	switch entry.Kind {
+	case codec.KindFound:
+		c, ok = m.members.found(*entry.Found)
+	case codec.KindAdmit:
+		c, ok = m.members.admit(*entry.Admit)
+	case codec.KindRemove:
+		c, ok = m.members.remove(*entry.Remove)
+	}
+	for _, id := range c.Removed {
+		// Nothing of it is decided from here on.
+		maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool { return gid.Node == id })
+	}
+	return c, ok
+}
+
 func (m *Machine) decideOne(index txn.LogIndex, set *txn.WriteSet) Decision {
 	d := Decision{Index: index, Set: set}
 	if m.outcomes.find(set.GID) == Aborted || m.outcomes.tooOld(set.GID) {
 		// Somebody has been told that it is aborted, or may have been: the certifier forgets sooner. A GID can be given
 		// out, and asked about, long before its COMMIT.
 		m.abortUndecided(set.GID)
+	}
+	if !m.members.is(set.GID.Node) {
+		m.abortUndecided(set.GID) // its origin was removed, and has fenced itself or will
 	}
 	if set.Chunks > 0 {
 		list := m.chunks[set.GID]
@@ -194,7 +221,7 @@ func (m *Machine) WaitFor(ctx context.Context, index txn.LogIndex) error {
 // addChunk appends a part. A part that comes twice (a proposal sent again) is ignored; a gap cannot arise, since the
 // origin sends a part only when the one before is in the log, but would make the transaction abort.
 func (m *Machine) addChunk(index txn.LogIndex, chunk codec.Chunk) {
-	if _, decided := m.certifier.Outcome(chunk.GID); decided {
+	if _, decided := m.certifier.Outcome(chunk.GID); decided || !m.members.is(chunk.GID.Node) {
 		return
 	}
 	list := m.chunks[chunk.GID]
@@ -212,7 +239,9 @@ func (m *Machine) addChunk(index txn.LogIndex, chunk codec.Chunk) {
 
 // addMember records an announcement. The member's earlier incarnations are dead: what they left unfinished is dropped.
 func (m *Machine) addMember(member codec.Member) {
-	m.members[member.Node] = member
+	if !m.members.announce(member) {
+		return
+	}
 	m.outcomes.begin(member.Node, member.Incarnation)
 	maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool {
 		return gid.Node == member.Node && gid.Incarnation != member.Incarnation
@@ -240,11 +269,18 @@ func (m *Machine) Digest() (txn.CSN, uint64) {
 	return m.certifier.LastCSN(), m.certifier.Digest()
 }
 
-// Members returns what the members have announced, by node.
-func (m *Machine) Members() []codec.Member {
+// Membership is who belongs to the cluster, as far as this node has the log.
+func (m *Machine) Membership() Membership {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return slices.SortedFunc(maps.Values(m.members), func(a, b codec.Member) int { return int(a.Node) - int(b.Node) })
+	return m.members.membership()
+}
+
+// Admitted returns the id that a request has got, 0 if it has got none.
+func (m *Machine) Admitted(request txn.UUID) txn.NodeID {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.members.find(request)
 }
 
 // ErrUnfinished: no snapshot can be taken while a large transaction's chunks are in the log but its end is not.
@@ -259,11 +295,13 @@ type Snapshot struct {
 }
 
 type header struct {
-	Index   txn.LogIndex   `json:"index"`
-	CSN     txn.CSN        `json:"csn"`
-	Members []codec.Member `json:"members"`
+	Index   txn.LogIndex `json:"index"`
+	CSN     txn.CSN      `json:"csn"`
+	Members []Member     `json:"members"`
 	// Outcomes came later: a snapshot without begins to remember.
 	Outcomes []byte `json:"outcomes,omitempty"`
+	// Membership came later: a snapshot without is of a log that has not founded the cluster yet.
+	Membership *membersState `json:"membership,omitempty"`
 }
 
 // magic begins a snapshot; its last byte is the version.
@@ -271,13 +309,14 @@ var magic = []byte("quorate snapshot\x01")
 
 // Snapshot copies the state. It fails with ErrUnfinished when it cannot be taken now.
 func (m *Machine) Snapshot() (*Snapshot, error) {
-	members := m.Members()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.chunks) > 0 {
 		return nil, ErrUnfinished
 	}
-	h, err := json.Marshal(header{Index: m.index, CSN: m.certifier.LastCSN(), Members: members, Outcomes: m.outcomes.encode()})
+	h, err := json.Marshal(header{
+		Index: m.index, CSN: m.certifier.LastCSN(), Members: m.members.list(), Membership: m.members.state(), Outcomes: m.outcomes.encode(),
+	})
 	if err != nil {
 		return nil, fmt.Errorf("encode snapshot header: %w", err)
 	}
@@ -341,9 +380,8 @@ func (m *Machine) Restore(r io.Reader) error {
 	}
 	m.setIndex(h.Index)
 	m.chunks = make(map[txn.GID]*chunkList)
-	m.members = make(map[txn.NodeID]codec.Member)
-	for _, member := range h.Members {
-		m.members[member.Node] = member
+	if !m.members.restore(h.Members, h.Membership) {
+		return fmt.Errorf("read members: %w", txn.ErrCorrupt)
 	}
 	return nil
 }

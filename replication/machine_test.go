@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"testing"
 
@@ -20,6 +21,8 @@ type recorder struct {
 	processed txn.LogIndex
 	failure   error
 	index     txn.LogIndex
+	changes   []Change
+	announced []txn.NodeID
 	barriers  []string // with what had been delivered and processed by then
 }
 
@@ -29,7 +32,8 @@ func newRecorder() *recorder {
 		Deliver:   func(d []Decision) { r.decisions = append(r.decisions, d...) },
 		Processed: func(i txn.LogIndex) { r.processed = i },
 		Durable:   func(txn.CSN) error { return nil },
-		Member:    func(codec.Member) {},
+		Member:    func(m codec.Member) { r.announced = append(r.announced, m.Node) },
+		Changed:   func(c Change) { r.changes = append(r.changes, c) },
 		Barrier: func(b codec.Barrier, i txn.LogIndex) {
 			r.barriers = append(r.barriers, fmt.Sprint(b.ID, i, len(r.decisions), r.processed))
 		},
@@ -153,7 +157,7 @@ func TestSnapshotAnywhere(t *testing.T) {
 			node := rapid.IntRange(1, 3).Draw(t, "node")
 			next[node]++
 			g := gid(node, next[node])
-			switch rapid.SampledFrom([]string{"batch", "batch", "batch", "chunked", "abort", "horizon", "member"}).Draw(t, "kind") {
+			switch rapid.SampledFrom([]string{"batch", "batch", "batch", "chunked", "abort", "horizon", "member", "found", "admit", "remove"}).Draw(t, "kind") {
 			case "batch":
 				var sets []*txn.WriteSet
 				for range rapid.IntRange(1, 4).Draw(t, "size") {
@@ -174,6 +178,12 @@ func TestSnapshotAnywhere(t *testing.T) {
 				whole.entry(log[len(log)-2])
 			case "horizon":
 				log = append(log, codec.AppendHorizon(nil, whole.LastCSN()/2+1))
+			case "found":
+				log = append(log, found(txn.UUID{byte(rapid.IntRange(1, 2).Draw(t, "cluster"))}, whole.Membership().Cluster, 1, 2))
+			case "admit":
+				log = append(log, admit(len(log)+1, rapid.IntRange(0, 4).Draw(t, "replaces")))
+			case "remove":
+				log = append(log, codec.AppendRemove(nil, codec.Remove{Node: txn.NodeID(node)}))
 			case "member":
 				log = append(log, codec.AppendMember(nil, &codec.Member{Node: txn.NodeID(node), Incarnation: 1}))
 			}
@@ -207,6 +217,12 @@ func TestSnapshotAnywhere(t *testing.T) {
 		}
 		if !bytes.Equal(second.outcomes.encode(), whole.outcomes.encode()) {
 			t.Fatal("other outcomes are remembered")
+		}
+		if got, want := second.Membership(), whole.Membership(); !reflect.DeepEqual(got, want) {
+			t.Fatalf("members %+v, want %+v", got, want)
+		}
+		if got, want := second.members.state(), whole.members.state(); fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Fatalf("members %+v, want %+v", got, want)
 		}
 		tail := whole.decisions[len(whole.decisions)-len(second.decisions):]
 		for i, d := range second.decisions {

@@ -198,6 +198,7 @@ func (n *node) begin(ctx context.Context) (*incarnation, error) {
 		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index) },
 		Durable:   func(csn txn.CSN) error { return i.flush(csn) },
 		Member:    func(codec.Member) {},
+		Changed:   func(replication.Change) {},
 		Fail:      func(err error) { n.run.fail("node %d: %v", n.id, err) },
 	})
 	if snapshot != nil {

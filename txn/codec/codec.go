@@ -45,9 +45,12 @@ const (
 	KindHorizon      Kind = 4
 	KindMember       Kind = 5
 	KindBarrier      Kind = 6
+	KindFound        Kind = 7
+	KindAdmit        Kind = 8
+	KindRemove       Kind = 9
 )
 
-var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier"}
+var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier", "found", "admit", "remove"}
 
 // String returns the metric label.
 func (k Kind) String() string {
@@ -66,6 +69,9 @@ type Entry struct {
 	Horizon      txn.CSN // the proposed horizon: certifiers may forget what is at or below it
 	Member       *Member
 	Barrier      *Barrier
+	Found        *Found
+	Admit        *Admit
+	Remove       *Remove
 }
 
 // Chunk is an earlier part of a large write set. Data holds pgoutput messages as txn.WriteSet.Changes does, and

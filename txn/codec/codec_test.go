@@ -32,6 +32,12 @@ func encode(e codec.Entry) []byte {
 		return codec.AppendMember(nil, e.Member)
 	case codec.KindBarrier:
 		return codec.AppendBarrier(nil, *e.Barrier)
+	case codec.KindFound:
+		return codec.AppendFound(nil, e.Found)
+	case codec.KindAdmit:
+		return codec.AppendAdmit(nil, e.Admit)
+	case codec.KindRemove:
+		return codec.AppendRemove(nil, *e.Remove)
 	}
 	panic("entry of no kind")
 }
@@ -73,6 +79,24 @@ func generated(e codec.Entry) *logv1.Entry {
 	case codec.KindBarrier:
 		b := &logv1.Barrier{Id: gid(e.Barrier.ID), Purpose: e.Barrier.Purpose}
 		return &logv1.Entry{Kind: &logv1.Entry_Barrier{Barrier: b}}
+	case codec.KindFound:
+		f := &logv1.Found{Cluster: e.Found.Cluster[:]}
+		if !e.Found.Previous.IsZero() {
+			f.Previous = e.Found.Previous[:]
+		}
+		for _, m := range e.Found.Founders {
+			f.Founders = append(f.Founders, &logv1.Founder{Node: uint32(m.Node), Slot: m.Slot, Role: uint32(m.Role)})
+		}
+		return &logv1.Entry{Kind: &logv1.Entry_Found{Found: f}}
+	case codec.KindAdmit:
+		a := &logv1.Admit{
+			Request: e.Admit.Request[:], Role: uint32(e.Admit.Role), Replaces: uint32(e.Admit.Replaces),
+			RaftAddress: e.Admit.RaftAddress, GrpcAddress: e.Admit.GRPCAddress, HttpAddress: e.Admit.HTTPAddress,
+			GatewayAddress: e.Admit.GatewayAddress, Version: e.Admit.Version,
+		}
+		return &logv1.Entry{Kind: &logv1.Entry_Admit{Admit: a}}
+	case codec.KindRemove:
+		return &logv1.Entry{Kind: &logv1.Entry_Remove{Remove: &logv1.Remove{Node: uint32(e.Remove.Node), Reason: e.Remove.Reason}}}
 	}
 	panic("entry of no kind")
 }
@@ -120,10 +144,22 @@ func writeSets() *rapid.Generator[*txn.WriteSet] {
 	})
 }
 
+func uuids() *rapid.Generator[txn.UUID] {
+	return rapid.Custom(func(t *rapid.T) (u txn.UUID) {
+		copy(u[:], rapid.SliceOfN(rapid.Byte(), len(u), len(u)).Draw(t, "uuid"))
+		u[0] |= 1 // not zero
+		return u
+	})
+}
+
+func roles() *rapid.Generator[codec.Role] {
+	return rapid.SampledFrom([]codec.Role{codec.RoleData, codec.RoleWitness})
+}
+
 func entries() *rapid.Generator[codec.Entry] {
 	text := rapid.StringN(0, 40, codec.MaxText)
 	return rapid.Custom(func(t *rapid.T) codec.Entry {
-		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 6).Draw(t, "kind"))}
+		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 9).Draw(t, "kind"))}
 		switch e.Kind {
 		case codec.KindTransactions:
 			e.Transactions = rapid.SliceOfN(writeSets(), 1, 8).Draw(t, "transactions")
@@ -150,6 +186,22 @@ func entries() *rapid.Generator[codec.Entry] {
 			}
 		case codec.KindBarrier:
 			e.Barrier = &codec.Barrier{ID: gids().Draw(t, "gid"), Purpose: text.Draw(t, "purpose")}
+		case codec.KindFound:
+			founder := rapid.Custom(func(t *rapid.T) codec.Founder {
+				return codec.Founder{Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), Slot: rapid.Uint32().Draw(t, "slot"), Role: roles().Draw(t, "role")}
+			})
+			e.Found = &codec.Found{Cluster: uuids().Draw(t, "cluster"), Founders: rapid.SliceOfN(founder, 1, codec.MaxFounders).Draw(t, "founders")}
+			if rapid.Bool().Draw(t, "again") {
+				e.Found.Previous = uuids().Draw(t, "previous")
+			}
+		case codec.KindAdmit:
+			e.Admit = &codec.Admit{
+				Request: uuids().Draw(t, "request"), Role: roles().Draw(t, "role"), Replaces: txn.NodeID(rapid.Uint32().Draw(t, "replaces")),
+				RaftAddress: text.Draw(t, "raft"), GRPCAddress: text.Draw(t, "grpc"), HTTPAddress: text.Draw(t, "http"),
+				GatewayAddress: text.Draw(t, "gateway"), Version: text.Draw(t, "version"),
+			}
+		case codec.KindRemove:
+			e.Remove = &codec.Remove{Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), Reason: text.Draw(t, "reason")}
 		}
 		return e
 	})
@@ -263,10 +315,11 @@ func TestDamage(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	gid := "\x0a\x02\x08\x01" // field 1: node 1
+	uuid := strings.Repeat("u", 16)
 	entry := func(kind byte, body string) string { return string([]byte{kind<<3 | 2, byte(len(body))}) + body }
 	tests := []struct{ name, body, want string }{
 		{"nothing", "", "entry is empty"},
-		{"unknown kind", entry(7, ""), "unknown kind 7"},
+		{"unknown kind", entry(15, ""), "unknown kind 15"},
 		{"two kinds", entry(3, gid) + entry(4, ""), "more than one kind"},
 		{"same kind twice", entry(3, gid) + entry(3, gid), "field 3 after field 3"},
 		{"no length", "\x08\x01", "wire type"},
@@ -289,6 +342,15 @@ func TestRefused(t *testing.T) {
 		{"member without node", entry(5, ""), "member without"},
 		{"member with bad UTF-8", entry(5, "\x08\x01\x1a\x01\xff"), "not UTF-8"},
 		{"barrier with unknown field", entry(6, "\x18\x01"), "unknown field 3"},
+		{"founding by nobody", entry(7, "\x0a\x10"+uuid), "without a cluster or founders"},
+		{"founding twice", entry(7, "\x0a\x10"+uuid+"\x0a\x10"+uuid), "unknown field 1"},
+		{"short UUID", entry(7, "\x0a\x01x"), "1 bytes are no UUID"},
+		{"UUID of zeros", entry(7, "\x0a\x10"+strings.Repeat("\x00", 16)), "of zeros"},
+		{"founder without node", entry(7, "\x0a\x10"+uuid+"\x1a\x00"), "founder without"},
+		{"too many founders", string(binary.AppendUvarint([]byte{7<<3 | 2}, uint64(18+4*65))) + "\x0a\x10" + uuid + strings.Repeat("\x1a\x02\x08\x01", 65), "unknown field 3"},
+		{"unknown role", entry(8, "\x0a\x10"+uuid+"\x10\x02"), "2 is above 1"},
+		{"admission without request", entry(8, "\x18\x01"), "admission without"},
+		{"removal of nobody", entry(9, ""), "removal of no node"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -328,6 +390,9 @@ func TestAppendRefuses(t *testing.T) {
 		"chunk":  func() { codec.AppendChunk(nil, &codec.Chunk{}) },
 		"abort":  func() { codec.AppendAbort(nil, codec.Abort{}) },
 		"member": func() { codec.AppendMember(nil, &codec.Member{}) },
+		"found":  func() { codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}}) },
+		"admit":  func() { codec.AppendAdmit(nil, &codec.Admit{}) },
+		"remove": func() { codec.AppendRemove(nil, codec.Remove{}) },
 	}
 	for name, write := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -374,6 +439,9 @@ func FuzzDecode(f *testing.F) {
 	f.Add(codec.AppendHorizon(nil, 77)[5:])
 	f.Add(codec.AppendMember(nil, &codec.Member{Node: 3, Version: "1", GRPCAddress: "127.0.0.1:1"})[5:])
 	f.Add(codec.AppendBarrier(nil, codec.Barrier{ID: txn.GID{Node: 1}, Purpose: "checksum"})[5:])
+	f.Add(codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}, Previous: txn.UUID{2}, Founders: []codec.Founder{{Node: 1}, {Node: 2, Slot: 1, Role: codec.RoleWitness}}})[5:])
+	f.Add(codec.AppendAdmit(nil, &codec.Admit{Request: txn.UUID{1}, Replaces: 2, GRPCAddress: "127.0.0.1:1"})[5:])
+	f.Add(codec.AppendRemove(nil, codec.Remove{Node: 2, Reason: "reason"})[5:])
 	f.Fuzz(func(t *testing.T, body []byte) {
 		_, _ = codec.Decode(body) // header and all
 		e, err := codec.Decode(frame(body))

@@ -36,6 +36,12 @@ func Decode(b []byte) (Entry, error) {
 		e.Member = in.member()
 	case KindBarrier:
 		e.Barrier = in.barrier()
+	case KindFound:
+		e.Found = in.found()
+	case KindAdmit:
+		e.Admit = in.admit()
+	case KindRemove:
+		e.Remove = in.remove()
 	default:
 		return Entry{}, outer.fail("entry has unknown kind %d", outer.field)
 	}

@@ -44,6 +44,9 @@ type Entry struct {
 	//	*Entry_Horizon
 	//	*Entry_Member
 	//	*Entry_Barrier
+	//	*Entry_Found
+	//	*Entry_Admit
+	//	*Entry_Remove
 	Kind          isEntry_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -140,6 +143,33 @@ func (x *Entry) GetBarrier() *Barrier {
 	return nil
 }
 
+func (x *Entry) GetFound() *Found {
+	if x != nil {
+		if x, ok := x.Kind.(*Entry_Found); ok {
+			return x.Found
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetAdmit() *Admit {
+	if x != nil {
+		if x, ok := x.Kind.(*Entry_Admit); ok {
+			return x.Admit
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetRemove() *Remove {
+	if x != nil {
+		if x, ok := x.Kind.(*Entry_Remove); ok {
+			return x.Remove
+		}
+	}
+	return nil
+}
+
 type isEntry_Kind interface {
 	isEntry_Kind()
 }
@@ -168,6 +198,18 @@ type Entry_Barrier struct {
 	Barrier *Barrier `protobuf:"bytes,6,opt,name=barrier,proto3,oneof"`
 }
 
+type Entry_Found struct {
+	Found *Found `protobuf:"bytes,7,opt,name=found,proto3,oneof"`
+}
+
+type Entry_Admit struct {
+	Admit *Admit `protobuf:"bytes,8,opt,name=admit,proto3,oneof"`
+}
+
+type Entry_Remove struct {
+	Remove *Remove `protobuf:"bytes,9,opt,name=remove,proto3,oneof"`
+}
+
 func (*Entry_Transactions) isEntry_Kind() {}
 
 func (*Entry_Chunk) isEntry_Kind() {}
@@ -179,6 +221,12 @@ func (*Entry_Horizon) isEntry_Kind() {}
 func (*Entry_Member) isEntry_Kind() {}
 
 func (*Entry_Barrier) isEntry_Kind() {}
+
+func (*Entry_Found) isEntry_Kind() {}
+
+func (*Entry_Admit) isEntry_Kind() {}
+
+func (*Entry_Remove) isEntry_Kind() {}
 
 // GID names one attempt to commit.
 type GID struct {
@@ -715,18 +763,297 @@ func (x *Barrier) GetPurpose() string {
 	return ""
 }
 
+// Found says who the members are at first: the earliest such entry counts. It counts again where a cluster goes on
+// under another identity, which names the one before.
+type Found struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cluster       []byte                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`   // 16 bytes
+	Previous      []byte                 `protobuf:"bytes,2,opt,name=previous,proto3" json:"previous,omitempty"` // 16 bytes, or absent
+	Founders      []*Founder             `protobuf:"bytes,3,rep,name=founders,proto3" json:"founders,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Found) Reset() {
+	*x = Found{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Found) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Found) ProtoMessage() {}
+
+func (x *Found) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Found.ProtoReflect.Descriptor instead.
+func (*Found) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Found) GetCluster() []byte {
+	if x != nil {
+		return x.Cluster
+	}
+	return nil
+}
+
+func (x *Found) GetPrevious() []byte {
+	if x != nil {
+		return x.Previous
+	}
+	return nil
+}
+
+func (x *Found) GetFounders() []*Founder {
+	if x != nil {
+		return x.Founders
+	}
+	return nil
+}
+
+type Founder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Slot          uint32                 `protobuf:"varint,2,opt,name=slot,proto3" json:"slot,omitempty"`
+	Role          uint32                 `protobuf:"varint,3,opt,name=role,proto3" json:"role,omitempty"` // codec.Role
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Founder) Reset() {
+	*x = Founder{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Founder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Founder) ProtoMessage() {}
+
+func (x *Founder) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Founder.ProtoReflect.Descriptor instead.
+func (*Founder) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Founder) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *Founder) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *Founder) GetRole() uint32 {
+	if x != nil {
+		return x.Role
+	}
+	return 0
+}
+
+// Admit makes a new member, to which the log gives an id and a slot.
+type Admit struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Request        []byte                 `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"` // 16 bytes: the same request admits once
+	Role           uint32                 `protobuf:"varint,2,opt,name=role,proto3" json:"role,omitempty"`
+	Replaces       uint32                 `protobuf:"varint,3,opt,name=replaces,proto3" json:"replaces,omitempty"` // a member that is removed by the same entry
+	RaftAddress    string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
+	GrpcAddress    string                 `protobuf:"bytes,5,opt,name=grpc_address,json=grpcAddress,proto3" json:"grpc_address,omitempty"`
+	HttpAddress    string                 `protobuf:"bytes,6,opt,name=http_address,json=httpAddress,proto3" json:"http_address,omitempty"`
+	GatewayAddress string                 `protobuf:"bytes,7,opt,name=gateway_address,json=gatewayAddress,proto3" json:"gateway_address,omitempty"`
+	Version        string                 `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Admit) Reset() {
+	*x = Admit{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Admit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Admit) ProtoMessage() {}
+
+func (x *Admit) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Admit.ProtoReflect.Descriptor instead.
+func (*Admit) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Admit) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *Admit) GetRole() uint32 {
+	if x != nil {
+		return x.Role
+	}
+	return 0
+}
+
+func (x *Admit) GetReplaces() uint32 {
+	if x != nil {
+		return x.Replaces
+	}
+	return 0
+}
+
+func (x *Admit) GetRaftAddress() string {
+	if x != nil {
+		return x.RaftAddress
+	}
+	return ""
+}
+
+func (x *Admit) GetGrpcAddress() string {
+	if x != nil {
+		return x.GrpcAddress
+	}
+	return ""
+}
+
+func (x *Admit) GetHttpAddress() string {
+	if x != nil {
+		return x.HttpAddress
+	}
+	return ""
+}
+
+func (x *Admit) GetGatewayAddress() string {
+	if x != nil {
+		return x.GatewayAddress
+	}
+	return ""
+}
+
+func (x *Admit) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+// Remove ends a membership for good. What the node has not got into the log by then aborts.
+type Remove struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Remove) Reset() {
+	*x = Remove{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Remove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Remove) ProtoMessage() {}
+
+func (x *Remove) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Remove.ProtoReflect.Descriptor instead.
+func (*Remove) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Remove) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *Remove) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 var File_quorate_log_v1_log_proto protoreflect.FileDescriptor
 
 const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\n" +
-	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\xcd\x02\n" +
+	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\xdd\x03\n" +
 	"\x05Entry\x12B\n" +
 	"\ftransactions\x18\x01 \x01(\v2\x1c.quorate.log.v1.TransactionsH\x00R\ftransactions\x12-\n" +
 	"\x05chunk\x18\x02 \x01(\v2\x15.quorate.log.v1.ChunkH\x00R\x05chunk\x12-\n" +
 	"\x05abort\x18\x03 \x01(\v2\x15.quorate.log.v1.AbortH\x00R\x05abort\x123\n" +
 	"\ahorizon\x18\x04 \x01(\v2\x17.quorate.log.v1.HorizonH\x00R\ahorizon\x120\n" +
 	"\x06member\x18\x05 \x01(\v2\x16.quorate.log.v1.MemberH\x00R\x06member\x123\n" +
-	"\abarrier\x18\x06 \x01(\v2\x17.quorate.log.v1.BarrierH\x00R\abarrierB\x06\n" +
+	"\abarrier\x18\x06 \x01(\v2\x17.quorate.log.v1.BarrierH\x00R\abarrier\x12-\n" +
+	"\x05found\x18\a \x01(\v2\x15.quorate.log.v1.FoundH\x00R\x05found\x12-\n" +
+	"\x05admit\x18\b \x01(\v2\x15.quorate.log.v1.AdmitH\x00R\x05admit\x120\n" +
+	"\x06remove\x18\t \x01(\v2\x16.quorate.log.v1.RemoveH\x00R\x06removeB\x06\n" +
 	"\x04kind\"W\n" +
 	"\x03GID\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
@@ -766,7 +1093,27 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\x10postgres_version\x18\b \x01(\tR\x0fpostgresVersion\"H\n" +
 	"\aBarrier\x12#\n" +
 	"\x02id\x18\x01 \x01(\v2\x13.quorate.log.v1.GIDR\x02id\x12\x18\n" +
-	"\apurpose\x18\x02 \x01(\tR\apurposeB7Z5github.com/quorate/quorate/proto/quorate/log/v1;logv1b\x06proto3"
+	"\apurpose\x18\x02 \x01(\tR\apurpose\"r\n" +
+	"\x05Found\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\fR\acluster\x12\x1a\n" +
+	"\bprevious\x18\x02 \x01(\fR\bprevious\x123\n" +
+	"\bfounders\x18\x03 \x03(\v2\x17.quorate.log.v1.FounderR\bfounders\"E\n" +
+	"\aFounder\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\rR\x04node\x12\x12\n" +
+	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
+	"\x04role\x18\x03 \x01(\rR\x04role\"\xfd\x01\n" +
+	"\x05Admit\x12\x18\n" +
+	"\arequest\x18\x01 \x01(\fR\arequest\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\rR\x04role\x12\x1a\n" +
+	"\breplaces\x18\x03 \x01(\rR\breplaces\x12!\n" +
+	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12!\n" +
+	"\fgrpc_address\x18\x05 \x01(\tR\vgrpcAddress\x12!\n" +
+	"\fhttp_address\x18\x06 \x01(\tR\vhttpAddress\x12'\n" +
+	"\x0fgateway_address\x18\a \x01(\tR\x0egatewayAddress\x12\x18\n" +
+	"\aversion\x18\b \x01(\tR\aversion\"4\n" +
+	"\x06Remove\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reasonB7Z5github.com/quorate/quorate/proto/quorate/log/v1;logv1b\x06proto3"
 
 var (
 	file_quorate_log_v1_log_proto_rawDescOnce sync.Once
@@ -780,7 +1127,7 @@ func file_quorate_log_v1_log_proto_rawDescGZIP() []byte {
 	return file_quorate_log_v1_log_proto_rawDescData
 }
 
-var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Entry)(nil),        // 0: quorate.log.v1.Entry
 	(*GID)(nil),          // 1: quorate.log.v1.GID
@@ -791,6 +1138,10 @@ var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Horizon)(nil),      // 6: quorate.log.v1.Horizon
 	(*Member)(nil),       // 7: quorate.log.v1.Member
 	(*Barrier)(nil),      // 8: quorate.log.v1.Barrier
+	(*Found)(nil),        // 9: quorate.log.v1.Found
+	(*Founder)(nil),      // 10: quorate.log.v1.Founder
+	(*Admit)(nil),        // 11: quorate.log.v1.Admit
+	(*Remove)(nil),       // 12: quorate.log.v1.Remove
 }
 var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	2,  // 0: quorate.log.v1.Entry.transactions:type_name -> quorate.log.v1.Transactions
@@ -799,16 +1150,20 @@ var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	6,  // 3: quorate.log.v1.Entry.horizon:type_name -> quorate.log.v1.Horizon
 	7,  // 4: quorate.log.v1.Entry.member:type_name -> quorate.log.v1.Member
 	8,  // 5: quorate.log.v1.Entry.barrier:type_name -> quorate.log.v1.Barrier
-	3,  // 6: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
-	1,  // 7: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
-	1,  // 8: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
-	1,  // 9: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
-	1,  // 10: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	9,  // 6: quorate.log.v1.Entry.found:type_name -> quorate.log.v1.Found
+	11, // 7: quorate.log.v1.Entry.admit:type_name -> quorate.log.v1.Admit
+	12, // 8: quorate.log.v1.Entry.remove:type_name -> quorate.log.v1.Remove
+	3,  // 9: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
+	1,  // 10: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
+	1,  // 11: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
+	1,  // 12: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
+	1,  // 13: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
+	10, // 14: quorate.log.v1.Found.founders:type_name -> quorate.log.v1.Founder
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_quorate_log_v1_log_proto_init() }
@@ -823,6 +1178,9 @@ func file_quorate_log_v1_log_proto_init() {
 		(*Entry_Horizon)(nil),
 		(*Entry_Member)(nil),
 		(*Entry_Barrier)(nil),
+		(*Entry_Found)(nil),
+		(*Entry_Admit)(nil),
+		(*Entry_Remove)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -830,7 +1188,7 @@ func file_quorate_log_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_log_v1_log_proto_rawDesc), len(file_quorate_log_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
