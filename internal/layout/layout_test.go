@@ -30,12 +30,14 @@ const (
 // together.
 var arrows = map[string][]string{
 	"cmd/quorate": {"node", "proto/quorate/v1", "txn", "internal/*"}, // the command line is a gRPC client
-	"node": {"gateway", "admin", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
+	"node": {"gateway", "admin", "heartbeat", "events", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
 		"internal/authz", "internal/config", "internal/peers", "internal/pgserver", "internal/pki", "internal/logkey", "internal/invariant"},
 
 	"gateway":   {"gateway/*", "txn", leaves},
 	"gateway/*": {"txn", leaves},
 	"admin":     {"proto/quorate/v1", "internal/peers", "txn", leaves}, // asks the other members
+	"heartbeat": {"proto/quorate/v1", "txn", leaves},                   // what travels between members, and what they make of it
+	"events":    {"txn", leaves},                                       // a file log of its own, so that nothing else must work for it
 	"dashboard": {"proto/quorate/v1", "internal/authz", "internal/pki", "txn", leaves},
 	"consensus": {"proto/quorate/consensus/v1", "txn", leaves}, // bytes in, ordered bytes out: no transactions
 
