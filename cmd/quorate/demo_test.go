@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
@@ -84,6 +85,22 @@ func TestDemo(t *testing.T) {
 	for i, m := range s.Members {
 		if m.ID != uint32(i+1) || !m.AcceptsWrites || m.Addresses.Gateway != fmt.Sprintf("127.0.0.1:%d", base+i+1) {
 			t.Errorf("status of node %d: %+v", i+1, m)
+		}
+	}
+
+	// The node's timers are slack, PostgreSQL's are not.
+	for i := 1; i <= 3; i++ {
+		node := filepath.Join(dir, fmt.Sprintf("node%d", i))
+		for _, p := range []struct {
+			pid  int
+			want time.Duration
+		}{
+			{processNumber(t, node, pidFileName), timerSlack},
+			{processNumber(t, node, "pgdata", "postmaster.pid"), 50 * time.Microsecond},
+		} {
+			if got := processNumber(t, "/proc", strconv.Itoa(p.pid), "timerslack_ns"); got != int(p.want) {
+				t.Errorf("node %d: process %d has a timer slack of %d ns, want %v", i, p.pid, got, p.want)
+			}
 		}
 	}
 

@@ -223,6 +223,26 @@ func (s *Server) initdb(ctx context.Context) error {
 	return os.Rename(work, s.cfg.DataDir)
 }
 
+// systemTimerSlack is what Linux gives a process of its own accord, in nanoseconds; see prctl(2), PR_SET_TIMERSLACK.
+const systemTimerSlack = 50_000
+
+// withSystemTimers lets a server that start starts have the timers of one that was started by hand, whatever ours are: a
+// child inherits the slack of the thread that starts it, which is the caller's, locked.
+func withSystemTimers(start func() error) error {
+	ours, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0)
+	if err != nil {
+		return fmt.Errorf("read timer slack: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, systemTimerSlack, 0, 0, 0); err != nil {
+		return fmt.Errorf("set timer slack: %w", err)
+	}
+	err = start()
+	if back := unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(ours), 0, 0, 0); back != nil {
+		err = errors.Join(err, fmt.Errorf("set timer slack: %w", back))
+	}
+	return err
+}
+
 // serverEnvironment is ours without the variables by which libpq and the server's programs would be misled, and with
 // messages in English, because some are shown to the operator.
 func serverEnvironment() []string {
@@ -370,7 +390,7 @@ func (s *Server) spawn(fingerprint string) (logEnd int64, err error) {
 		// The kernel takes the death of the thread that forked for the parent's: keep it for as long as the child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		err := cmd.Start()
+		err := withSystemTimers(cmd.Start)
 		if err == nil {
 			p.pid = cmd.Process.Pid
 			p.proc, err = openProcess(p.pid)
