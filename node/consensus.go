@@ -76,6 +76,7 @@ func (n *Node) openConsensus(context.Context) error {
 		Dir:         filepath.Join(n.cfg.DataDir, "raft"),
 		RaftAddress: n.cfg.Listen.Raft,
 		Bootstrap:   members,
+		DialOptions: n.dialOptions(),
 		Logger:      n.log.With(logkey.Component, "consensus"),
 		Registerer:  n.metrics,
 	}, machine{n.current.Load()})

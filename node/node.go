@@ -25,6 +25,7 @@ import (
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pgserver"
+	"github.com/quorate/quorate/internal/pki"
 )
 
 // maxNodes is how many nodes a cluster can have: each sequence is divided into as many residues when it is created.
@@ -50,6 +51,9 @@ type Node struct {
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
 	peers     *peers.Pool
+
+	certificates      *pki.Credentials // nil: on loopback, without
+	clientCertificate *pki.Credentials // what the gateway shows; nil: no TLS there
 
 	metrics    *prometheus.Registry
 	strays     prometheus.Counter
@@ -94,6 +98,7 @@ func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logg
 		name string
 		run  func(context.Context) error
 	}{
+		{"certificates", n.openCertificates},
 		{"admin API", n.openAdmin},
 		{"PostgreSQL", n.openIncarnation},
 		{"consensus", n.openConsensus},

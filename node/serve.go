@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/pprof"
 	"time"
@@ -12,20 +11,22 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
-	"google.golang.org/grpc"
 
 	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/peers"
+	"github.com/quorate/quorate/internal/pki"
 )
 
 // openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
 // they exist, and it serves once consensus is open.
-func (n *Node) openAdmin(context.Context) error {
-	n.grpc = grpc.NewServer()
-	n.peers = peers.New(n.grpcAddress)
+func (n *Node) openAdmin(context.Context) (err error) {
+	if n.grpc, err = n.newGRPC(); err != nil {
+		return err
+	}
+	n.peers = peers.New(n.grpcAddress, n.dialOptions()...)
 	n.onClose(func(context.Context) error { return n.peers.Close() })
 	api := admin.New(admin.Config{
 		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n,
@@ -38,9 +39,12 @@ func (n *Node) openAdmin(context.Context) error {
 
 // serveGRPC listens. The server stops before what it serves is closed.
 func (n *Node) serveGRPC(ctx context.Context) error {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.Listen.GRPC)
+	if missing := methods.Missing(n.grpc); len(missing) > 0 {
+		return fmt.Errorf("no role is given for %v", missing)
+	}
+	listener, err := listen(ctx, "listen.grpc", n.cfg.Listen.GRPC)
 	if err != nil {
-		return fmt.Errorf("listen.grpc: %w", err)
+		return err
 	}
 	n.onClose(func(context.Context) error { n.grpc.Stop(); return nil })
 	n.run("gRPC", func(context.Context) error { return n.grpc.Serve(listener) })
@@ -80,23 +84,29 @@ func (n *Node) gather() ([]*dto.MetricFamily, error) {
 }
 
 func (n *Node) openHTTP(ctx context.Context) error {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.GathererFunc(n.gather), promhttp.HandlerOpts{}))
-	if n.cfg.Pprof {
-		mux.HandleFunc("/debug/pprof/", pprof.Index)
-		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.Listen.HTTP)
+	guard, err := n.newGuard()
 	if err != nil {
-		return fmt.Errorf("listen.http: %w", err)
+		return err
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", guard.Require(pki.Read, promhttp.HandlerFor(prometheus.GathererFunc(n.gather), promhttp.HandlerOpts{})))
+	if n.cfg.Pprof {
+		profiles := http.NewServeMux()
+		profiles.HandleFunc("/debug/pprof/", pprof.Index)
+		profiles.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
+		mux.Handle("/debug/pprof/", guard.Require(pki.Operate, profiles)) // they show what is in memory
+	}
+	listener, err := listen(ctx, "listen.http", n.cfg.Listen.HTTP)
+	if err != nil {
+		return err
+	}
+	server, serve := n.serveHTTP(listener, guard.Wrap(mux))
 	n.onClose(func(context.Context) error { return server.Close() })
 	n.run("HTTP", func(context.Context) error {
-		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(); !errors.Is(err, http.ErrServerClosed) {
 			return err
 		}
 		<-n.ctx.Done()

@@ -395,7 +395,7 @@ func (d *demo) awaitReady(ctx context.Context, died <-chan *child) error {
 func awaitWrites(ctx context.Context, c config.Config) error {
 	for {
 		attempt, cancel := context.WithTimeout(ctx, time.Second)
-		resp, err := askStatus(attempt, c.Self().GRPC, true)
+		resp, err := askStatus(attempt, target{address: c.Self().GRPC}, true)
 		cancel()
 		if err == nil && resp.Cluster == c.Cluster && len(resp.Members) == 1 && resp.Members[0].AcceptsWrites {
 			return nil

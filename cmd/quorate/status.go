@@ -11,23 +11,22 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
 func statusCommand() *cobra.Command {
-	var address, format string
+	var at target
+	var format string
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use:   "status --address HOST:PORT [-o json]",
+		Use:   "status --address HOST:PORT|--config FILE [-o json]",
 		Short: "Show the members of a cluster and how far each is",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if address == "" {
-				return usage("address", `""`, "is required: the gRPC address of any node")
+			if err := at.complete(); err != nil {
+				return err
 			}
 			print, ok := map[string]func(io.Writer, clusterStatus) error{"table": printTable, "json": printJSON}[format]
 			if !ok {
@@ -35,23 +34,22 @@ func statusCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			resp, err := askStatus(ctx, address, false)
+			resp, err := askStatus(ctx, at, false)
 			if err != nil {
-				return fmt.Errorf("get status from %s: %w", address, err)
+				return fmt.Errorf("get status from %s: %w", at.address, err)
 			}
 			return print(cmd.OutOrStdout(), newClusterStatus(resp))
 		},
 	}
-	cmd.Flags().StringVar(&address, "address", "", "gRPC `address` of any node")
+	at.flags(cmd)
 	cmd.Flags().StringVarP(&format, "output", "o", "table", "`format`: table or json")
 	cmd.Flags().DurationVar(&timeout, "timeout", 5*time.Second, "how long to wait for an answer")
 	return cmd
 }
 
 // askStatus calls Cluster.Status over a connection of its own.
-func askStatus(ctx context.Context, address string, local bool) (*pb.StatusResponse, error) {
-	conn, err := grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+func askStatus(ctx context.Context, at target, local bool) (*pb.StatusResponse, error) {
+	conn, err := at.dial()
 	if err != nil {
 		return nil, err
 	}

@@ -13,25 +13,24 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
 func verifyCommand() *cobra.Command {
-	var address, format string
+	var at target
+	var format string
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use:   "verify --address HOST:PORT [-o json]",
+		Use:   "verify --address HOST:PORT|--config FILE [-o json]",
 		Short: "Compare the rows of all tables on all members",
 		Long: "Compare the rows of all replicated tables on all members, as of one place in the log, while clients go on. " +
 			"It reads every table once, on every member. The exit code is 0 only if all members took part and have the same rows.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if address == "" {
-				return usage("address", `""`, "is required: the gRPC address of any node")
+			if err := at.complete(); err != nil {
+				return err
 			}
 			print, ok := map[string]func(io.Writer, verification) error{"table": printVerification, "json": printVerificationJSON}[format]
 			if !ok {
@@ -39,24 +38,23 @@ func verifyCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			resp, err := askVerify(ctx, address)
+			resp, err := askVerify(ctx, at)
 			if err != nil {
-				return fmt.Errorf("verify by way of %s: %w", address, err)
+				return fmt.Errorf("verify by way of %s: %w", at.address, err)
 			}
 			v := newVerification(resp)
 			return errors.Join(print(cmd.OutOrStdout(), v), v.err())
 		},
 	}
-	cmd.Flags().StringVar(&address, "address", "", "gRPC `address` of any node")
+	at.flags(cmd)
 	cmd.Flags().StringVarP(&format, "output", "o", "table", "`format`: table or json")
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Hour, "how long reading all tables may take")
 	return cmd
 }
 
 // askVerify calls Cluster.Verify over a connection of its own.
-func askVerify(ctx context.Context, address string) (*pb.VerifyResponse, error) {
-	conn, err := grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+func askVerify(ctx context.Context, at target) (*pb.VerifyResponse, error) {
+	conn, err := at.dial()
 	if err != nil {
 		return nil, err
 	}

@@ -27,6 +27,10 @@ type Config struct {
 	// knows the members, and only the addresses of gRPC, HTTP and gateway are taken from here.
 	Members []Member `yaml:"members"`
 
+	TLS     TLS     `yaml:"tls,omitempty"`
+	Gateway Gateway `yaml:"gateway,omitempty"`
+	HTTP    HTTP    `yaml:"http,omitempty"`
+
 	Apply  Apply  `yaml:"apply,omitempty"`
 	Limits Limits `yaml:"limits,omitempty"`
 	// CommitTimeout bounds how long a COMMIT waits to be ordered. Then the client gets an error, and where the outcome
@@ -76,7 +80,8 @@ type Postgres struct {
 	Settings map[string]string `yaml:"settings,omitempty"`
 }
 
-// Listen has the addresses this node listens on. All are required and differ.
+// Listen has the addresses this node listens on. All are required and differ. Without TLS all but the gateway's must be
+// loopback addresses.
 type Listen struct {
 	// Gateway is where clients of PostgreSQL connect.
 	Gateway string `yaml:"gateway"`

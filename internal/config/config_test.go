@@ -32,7 +32,7 @@ func TestSampleIsComplete(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	commented := regexp.MustCompile(`(?m)^( *)# ?( *[a-z_]+:( |$))`)
+	commented := regexp.MustCompile(`(?m)^( *)# ?( *(?:- \{|[a-z_]+:( |$)))`)
 	all := commented.ReplaceAllString(string(text), "$1$2")
 	shown, err := Parse([]byte(all), "/")
 	if err != nil {
@@ -45,6 +45,10 @@ func TestSampleIsComplete(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(shown.Gateway.Clients) == 0 || shown.HTTP.Tokens == "" {
+		t.Errorf("the sample does not show everything: %+v %+v", shown.Gateway, shown.HTTP)
+	}
+	shown.Gateway.Clients, shown.HTTP.Tokens = nil, ""
 	shown.Postgres.Settings, shown.Postgres.BinDir, shown.Postgres.SocketDir = nil, "", ""
 	if !reflect.DeepEqual(shown, plain) {
 		t.Errorf("the sample shows other defaults\n%+v\nthan there are\n%+v", shown, plain)
@@ -77,7 +81,7 @@ cluster: c
 node: 1
 data_dir: data
 postgres: {managed: true, auth: trust}
-listen: {gateway: ":6001", grpc: ":6201", http: ":6301", raft: ":6401"}
+listen: {gateway: ":6001", grpc: "127.0.0.1:6201", http: "localhost:6301", raft: "[::1]:6401"}
 members: [{id: 1, raft: "h:6401", grpc: "h:6201"}]
 `
 
@@ -113,7 +117,7 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"data_dir: data", "data_dir:", "data_dir: is required"},
 		{`":6001"`, `":66001"`, `listen.gateway: ":66001": port "66001" must be from 1 to 65535`},
 		{`":6001"`, `"6001"`, `listen.gateway: "6001": must be host:port`},
-		{`":6001"`, `":6401"`, `listen.raft: ":6401": is the address of listen.gateway too`},
+		{`":6001"`, `"[::1]:6401"`, `listen.raft: "[::1]:6401": is the address of listen.gateway too`},
 		{`":6001"`, `"127.0.0.1:5432"`, `listen.gateway: "127.0.0.1:5432": is the address of postgres.port too`},
 		{`"h:6401"`, `"0.0.0.0:6401"`, `members[0].raft: "0.0.0.0:6401": must name a host`},
 		{`"h:6401"`, `"h:6201"`, `members[0].grpc: "h:6201": is the address of members[0].raft too`},
@@ -133,6 +137,15 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},
 		{"node: 1", "node: 1\nmembers: {}", "already defined"},
 		{"node: 1", "node: [", "line"},
+		{`"127.0.0.1:6201"`, `":6201"`, `listen.grpc: ":6201": is reached from elsewhere`},
+		{`"localhost:6301"`, `"10.0.0.1:6301"`, `listen.http: "10.0.0.1:6301": is reached from elsewhere`},
+		{`"[::1]:6401"`, `"node1:6401"`, `listen.raft: "node1:6401": is reached from elsewhere`},
+		{"node: 1", "node: 1\ntls: {ca: ca.crt}", `tls.key: is required`},
+		{"node: 1", "node: 1\ngateway: {tls: {require: true}}", `gateway.tls.require: "true": needs`},
+		{"node: 1", "node: 1\ngateway: {tls: {cert: c}}", `gateway.tls.key: is required`},
+		{"node: 1", "node: 1\ngateway: {clients: [{from: here, access: allow}]}", `gateway.clients[0].from: "here": must be a network`},
+		{"node: 1", "node: 1\ngateway: {clients: [{from: 10.0.0.0/8, access: yes}]}", `gateway.clients[0].access: "yes": must be one of`},
+		{"node: 1", "node: 1\ngateway: {clients: [{from: 10.0.0.0/8, access: tls}]}", `gateway.clients[0].access: "tls": needs`},
 	} {
 		text := strings.Replace(minimal, tc.from, tc.to, 1)
 		if text == minimal {
@@ -155,6 +168,23 @@ func TestEverythingAtOnce(t *testing.T) {
 	for _, field := range []string{"cluster", "node", "data_dir", "postgres.host", "listen.gateway", "listen.grpc", "listen.http", "listen.raft", "members"} {
 		if !strings.Contains(err.Error(), "\n  "+field+": ") {
 			t.Errorf("%s is not named by\n%v", field, err)
+		}
+	}
+}
+
+// With certificates a node may listen everywhere, and the gateway offers clients the same ones.
+func TestTLSPaths(t *testing.T) {
+	text := strings.Replace(minimal, `"127.0.0.1:6201"`, `":6201"`, 1) + "tls: {ca: ca.crt, cert: n.crt, key: /k/n.key}\n"
+	c, err := Parse([]byte(text), "/d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.TLS != (TLS{CA: "/d/ca.crt", Cert: "/d/n.crt", Key: "/k/n.key"}) || c.Gateway.TLS != (GatewayTLS{Cert: "/d/n.crt", Key: "/k/n.key"}) {
+		t.Errorf("%+v, %+v", c.TLS, c.Gateway.TLS)
+	}
+	for from, want := range map[string]string{"10.1.2.3": "10.1.2.3/32", "10.1.2.3/8": "10.0.0.0/8", "::1": "::1/128", "::ffff:10.0.0.1": "10.0.0.1/32"} {
+		if got, err := (ClientRule{From: from}).Prefix(); err != nil || got.String() != want {
+			t.Errorf("%s is %v, %v", from, got, err)
 		}
 	}
 }

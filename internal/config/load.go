@@ -98,6 +98,7 @@ func (c *Config) complete(dir string) {
 		path(&pg.BinDir)
 	}
 	path(&pg.PasswordFile)
+	c.completeSecurity(path)
 	text(&pg.Superuser, "postgres")
 	text(&pg.Database, "postgres")
 	orDefault(&pg.Port, 5432)

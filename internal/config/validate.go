@@ -132,6 +132,7 @@ func (c Config) Validate() error {
 	v.required("data_dir", c.DataDir)
 	c.Postgres.validate(v)
 	c.validateAddresses(v)
+	c.validateSecurity(v)
 	v.within("apply.workers", int64(c.Apply.Workers), 1, 256)
 	v.within("limits.clients", int64(c.Limits.Clients), 1, 10000)
 	v.size("limits.message", c.Limits.Message, 64<<10, 1<<30)

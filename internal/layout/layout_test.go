@@ -31,6 +31,7 @@ const (
 var arrows = map[string][]string{
 	"cmd/quorate": {"node", "proto/quorate/v1", "txn", "internal/*"}, // the command line is a gRPC client
 	"node": {"gateway", "admin", "heartbeat", "events", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
+		"proto/quorate/v1", "proto/quorate/consensus/v1", // who may call what
 		"internal/authz", "internal/config", "internal/peers", "internal/pgserver", "internal/pki", "internal/logkey", "internal/invariant"},
 
 	"gateway":   {"gateway/*", "txn", leaves},

@@ -4,20 +4,13 @@ import (
 	"bufio"
 	"context"
 	"fmt"
-	"net/http"
 	"strconv"
 	"strings"
 )
 
 // Metrics reads the metrics of node i, by name with labels as they are written.
 func (c *Cluster) Metrics(ctx context.Context, i int) (map[string]float64, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.HTTP(i)+"/metrics", nil)
-	if err != nil {
-		return nil, fmt.Errorf("metrics of node %d: %w", i, err)
-	}
-	// A connection that is kept would be one of the node's goroutines; and may lead to a network that is no more.
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	response, err := client.Do(request)
+	response, err := c.getHTTP(ctx, i, "/metrics")
 	if err != nil {
 		return nil, fmt.Errorf("metrics of node %d: %w", i, err)
 	}

@@ -20,6 +20,9 @@ const networkBase = 6000
 func (c *Cluster) runAll(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
+	if err := c.certify(ctx); err != nil {
+		return err
+	}
 	for i := 1; i <= c.Nodes; i++ {
 		if err := c.configure(ctx, i); err != nil {
 			return fmt.Errorf("configure node %d: %w", i, err)
@@ -61,6 +64,8 @@ func (c *Cluster) configure(ctx context.Context, i int) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "cluster: tested\nnode: %d\ndata_dir: .\n", i)
 	fmt.Fprintf(&b, "postgres: {managed: true, bin_dir: %s, auth: trust, port: %d}\n", bin, c.base+postgresPorts+i)
+	in := c.CertDir()
+	fmt.Fprintf(&b, "tls: {ca: %s/ca.crt, cert: %s/node%d.crt, key: %s/node%d.key}\n", in, in, i, in, i)
 	addresses := func(i int) string {
 		return fmt.Sprintf("gateway: '%s', grpc: '%s', http: '%s', raft: '%s'", c.Gateway(i), c.GRPC(i), c.HTTP(i), c.Raft(i))
 	}
