@@ -57,6 +57,7 @@ func (n *Node) accompany(ctx context.Context, i *incarnation) error {
 	if err == nil {
 		n.states.set(stateActive, "")
 		n.log.Info("the node accepts writes", logkey.CSN, i.pipeline.Applied(), logkey.Duration, time.Since(began))
+		n.forgetSetAside()
 		<-i.ctx.Done()
 	} else if i.ctx.Err() == nil {
 		i.fail(fmt.Errorf("catch up: %w", err))

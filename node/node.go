@@ -26,6 +26,7 @@ import (
 	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pki"
+	"github.com/quorate/quorate/replication/clone"
 )
 
 // maxNodes is how many nodes a cluster can have: each sequence is divided into as many residues when it is created.
@@ -52,8 +53,9 @@ type Node struct {
 	admin     atomic.Pointer[admin.Admin]
 	peers     *peers.Pool
 
-	certificates      *pki.Credentials // nil: on loopback, without
-	clientCertificate *pki.Credentials // what the gateway shows; nil: no TLS there
+	certificates      *pki.Credentials               // nil: on loopback, without
+	clientCertificate *pki.Credentials               // what the gateway shows; nil: no TLS there
+	cloning           atomic.Pointer[clone.Progress] // of the copy that this node is being given; nil: none
 
 	metrics    *prometheus.Registry
 	strays     prometheus.Counter

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"strconv"
@@ -43,24 +44,7 @@ func (n *Node) startServer(ctx context.Context) error {
 	if n.server != nil {
 		return n.server.Start(ctx)
 	}
-	c := n.cfg.Postgres
-	install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: c.BinDir})
-	if err != nil {
-		return err
-	}
-	settings := pgserver.NodeSettings(install.Version, n.sizing())
-	for name, value := range c.Settings {
-		settings[name] = value
-	}
-	password, err := readPassword(c.PasswordFile)
-	if err != nil {
-		return err
-	}
-	server, err := pgserver.New(pgserver.Config{
-		Install: install, DataDir: c.DataDir, Host: c.Host, Port: c.Port, SocketDir: c.SocketDir,
-		Superuser: c.Superuser, Auth: c.Auth, Password: password, Settings: settings,
-		Log: n.log.With(logkey.Component, "postgres"),
-	})
+	server, err := n.serverAt(ctx, n.cfg.Postgres.DataDir, nil)
 	if err != nil {
 		return err
 	}
@@ -73,6 +57,27 @@ func (n *Node) startServer(ctx context.Context) error {
 	n.server = server
 	n.onClose(server.Stop)
 	return nil
+}
+
+// serverAt describes the managed server on a data directory, with settings that win over the configured ones.
+func (n *Node) serverAt(ctx context.Context, dataDir string, more pgserver.Settings) (*pgserver.Server, error) {
+	c := n.cfg.Postgres
+	install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: c.BinDir})
+	if err != nil {
+		return nil, err
+	}
+	settings := pgserver.NodeSettings(install.Version, n.sizing())
+	maps.Copy(settings, c.Settings)
+	maps.Copy(settings, more)
+	password, err := readPassword(c.PasswordFile)
+	if err != nil {
+		return nil, err
+	}
+	return pgserver.New(pgserver.Config{
+		Install: install, DataDir: dataDir, Host: c.Host, Port: c.Port, SocketDir: c.SocketDir,
+		Superuser: c.Superuser, Auth: c.Auth, Password: password, Settings: settings,
+		Log: n.log.With(logkey.Component, "postgres"),
+	})
 }
 
 func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (err error) {

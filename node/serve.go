@@ -33,6 +33,7 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	})
 	n.onClose(func(context.Context) error { api.Close(); return nil })
 	api.Register(n.grpc)
+	n.openDonor()
 	n.admin.Store(api)
 	return nil
 }

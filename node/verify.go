@@ -61,7 +61,7 @@ func (i *incarnation) barrier(b codec.Barrier, index txn.LogIndex) {
 	i.barriers.mu.Lock()
 	defer i.barriers.mu.Unlock()
 	reached := i.barriers.waiting[b.ID]
-	if reached == nil || b.Purpose != verifyPurpose {
+	if reached == nil {
 		return
 	}
 	delete(i.barriers.waiting, b.ID)

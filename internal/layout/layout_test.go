@@ -46,7 +46,7 @@ var arrows = map[string][]string{
 	"replication/pg":      {"txn", leaves},
 	"replication/capture": {"replication/pg", "txn", leaves},
 	"replication/apply":   {"replication/pg", "txn", leaves},
-	"replication/clone":   {"replication/pg", "txn", leaves},
+	"replication/clone":   {"proto/quorate/v1", "replication/pg", "txn", leaves}, // one sidecar streams to another
 
 	"txn":         {}, // the vocabulary
 	"txn/certify": {"txn", "internal/invariant"},

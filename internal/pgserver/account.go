@@ -60,8 +60,8 @@ func (a Account) attributes() *syscall.SysProcAttr {
 	return attr
 }
 
-// own gives a file or directory to a.
-func (a Account) own(name string) error {
+// Own gives a file or directory to a.
+func (a Account) Own(name string) error {
 	if !a.other() {
 		return nil
 	}
@@ -87,7 +87,7 @@ func (a Account) MakeDir(name string) error {
 	if st := info.Sys().(*syscall.Stat_t); int(st.Uid) != os.Geteuid() && int(st.Uid) != a.UID {
 		return fmt.Errorf("%s belongs to user id %d, not to %s", name, st.Uid, a.Name)
 	}
-	return a.own(name)
+	return a.Own(name)
 }
 
 // CanReach returns nil if a may enter dir or, where that does not exist yet, the nearest parent that does; the error

@@ -120,7 +120,7 @@ func (s *Server) includeSettings() error {
 		return err
 	}
 	line := []byte("include '" + settingsFile + "'\n")
-	if bytes.HasSuffix(text, line) {
+	if bytes.HasSuffix(append([]byte("\n"), text...), append([]byte("\n"), line...)) { // as a line of its own
 		return nil
 	}
 	if len(text) > 0 && text[len(text)-1] != '\n' {
@@ -140,7 +140,7 @@ func (s *Server) writeOwned(name, text string) error {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := s.cfg.Account.own(f.Name()); err != nil {
+	if err := s.cfg.Account.Own(f.Name()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), name)

@@ -1,0 +1,84 @@
+package pg
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// TakeOver makes of a copy of another member's database this node's own: it gets the identity, a token that nobody else has, and
+// its own residue of every sequence. Everything else in it is as it was. It is idempotent. conn must be a superuser's, and nobody
+// else connected. An error wrapping ErrForeignData means that it is no copy of a member of this cluster.
+//
+// reused says that the slot had another holder, who may have given out more values of a sequence than the donor knows of. The
+// next one lies then above everything that is stored in a column that takes its values from the sequence.
+func TakeOver(ctx context.Context, conn *pgconn.PgConn, id Identity, reused bool) error {
+	var cluster string
+	if err := scan(ctx, conn, `SELECT coalesce((SELECT cluster FROM quorate.identity), '')`, &cluster); err != nil {
+		return fmt.Errorf("take over a copy: %w", err)
+	}
+	if cluster != id.Cluster {
+		return fmt.Errorf("take over a copy: %w: it is of cluster %q, this node of %q", ErrForeignData, cluster, id.Cluster)
+	}
+	script := fmt.Sprintf(takeOver, id.Node, id.Slot, id.MaxNodes, reused)
+	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
+		return fmt.Errorf("take over a copy: %w", err)
+	}
+	return nil
+}
+
+// takeOver first gives each sequence back the definition that the user wrote, since own_sequence takes what differs from what
+// this node has set for the user's will. The slot counts as taken over when the node is in it.
+const takeOver = `BEGIN READ WRITE;
+SET LOCAL synchronous_commit = on;
+SET LOCAL session_replication_role = replica;
+SET LOCAL search_path = pg_catalog;
+DO $take_over$
+DECLARE
+    me   quorate.identity;
+    s    record;
+    used record;
+    high numeric;
+    top  numeric;
+BEGIN
+    SELECT * INTO STRICT me FROM quorate.identity;
+    IF me.node = %[1]d THEN
+        RETURN;
+    END IF;
+    IF me.max_nodes <> %[3]d THEN
+        RAISE EXCEPTION 'the copy divides its sequences by %%, this node by %[3]d', me.max_nodes;
+    END IF;
+    FOR s IN
+        SELECT q.sequence, q.sequence::regclass AS name, p.seqincrement > 0 AS ascending,
+               CASE WHEN p.seqincrement = q.increment * me.max_nodes THEN q.increment ELSE p.seqincrement END AS step,
+               CASE WHEN p.seqstart = q.start + me.slot * q.increment THEN q.start ELSE p.seqstart END AS first
+          FROM quorate.sequences q JOIN pg_sequence p ON p.seqrelid = q.sequence
+         ORDER BY q.sequence
+    LOOP
+        EXECUTE format('ALTER SEQUENCE %%s INCREMENT BY %%s START WITH %%s', s.name, s.step, s.first);
+        CONTINUE WHEN NOT %[4]t;
+        EXECUTE format('SELECT last_value FROM %%s', s.name) INTO top;
+        high := top;
+        -- Columns whose default calls nextval, identities, and columns that own the sequence.
+        FOR used IN
+            SELECT DISTINCT a.attrelid::regclass AS tab, quote_ident(a.attname) AS col
+              FROM pg_depend d
+              LEFT JOIN pg_attrdef f ON d.classid = 'pg_attrdef'::regclass AND f.oid = d.objid AND d.refobjid = s.sequence
+              JOIN pg_attribute a ON CASE WHEN f.oid IS NOT NULL THEN a.attrelid = f.adrelid AND a.attnum = f.adnum
+                   ELSE d.classid = 'pg_class'::regclass AND d.objid = s.sequence AND d.deptype IN ('a', 'i') AND a.attrelid = d.refobjid AND a.attnum = d.refobjsubid END
+              JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p')
+             WHERE a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype)
+               AND (f.oid IS NOT NULL OR d.objid = s.sequence)
+        LOOP
+            EXECUTE format('SELECT %%s(%%s) FROM %%s', CASE WHEN s.ascending THEN 'max' ELSE 'min' END, used.col, used.tab) INTO high;
+            top := CASE WHEN s.ascending THEN greatest(top, high) ELSE least(top, high) END;
+        END LOOP;
+        SELECT CASE WHEN s.ascending THEN least(top, seqmax) ELSE greatest(top, seqmin) END INTO top FROM pg_sequence WHERE seqrelid = s.sequence;
+        PERFORM setval(s.sequence::regclass, top::bigint);
+    END LOOP;
+    UPDATE quorate.identity SET node = %[1]d, slot = %[2]d, token = gen_random_uuid();
+    DELETE FROM quorate.sequences;
+    PERFORM quorate.own_sequences();
+END $take_over$;
+COMMIT`
