@@ -289,6 +289,13 @@ func (g *Gateway) Close() error {
 	return nil
 }
 
+// Sessions returns how many clients are connected.
+func (g *Gateway) Sessions() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.sessions)
+}
+
 // Evict makes the transaction that runs in backend pid let go of its locks, because log entry by needs them. It
 // returns at once; false means that pid is no session of this gateway. The client gets 40001 and keeps its session.
 func (g *Gateway) Evict(pid uint32, by txn.CSN) bool {

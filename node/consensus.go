@@ -15,7 +15,11 @@ import (
 // evict asks the gateway to abort the transaction of one of its sessions.
 func (n *Node) evict(pid uint32, by txn.CSN) bool {
 	g := n.gateway.Load()
-	return g != nil && g.Evict(pid, by)
+	if g == nil || !g.Evict(pid, by) {
+		return false
+	}
+	n.noteEviction(pid, by)
+	return true
 }
 
 // part reads a chunk of a large transaction from the log.

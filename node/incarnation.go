@@ -165,6 +165,7 @@ func (i *incarnation) run() {
 	}
 	part("apply", i.pipeline.Run)
 	part("capture", i.capture.Run)
+	i.running.Go(func() { i.watchHealth(i.ctx) })
 	if i.n.server != nil {
 		stopped := i.n.server.Done()
 		i.running.Go(func() {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/events"
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
@@ -58,6 +59,7 @@ type Node struct {
 	cloning           atomic.Pointer[clone.Progress] // of the copy that this node is being given; nil: none
 
 	metrics    *prometheus.Registry
+	seen       seen
 	strays     prometheus.Counter
 	recoveries prometheus.Counter
 
@@ -100,6 +102,7 @@ func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logg
 		name string
 		run  func(context.Context) error
 	}{
+		{"observation", n.openObservation},
 		{"certificates", n.openCertificates},
 		{"admin API", n.openAdmin},
 		{"PostgreSQL", n.openIncarnation},
@@ -110,6 +113,7 @@ func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logg
 		{"gateway", n.openGateway},
 	} {
 		if err := step.run(ctx); err != nil {
+			n.event(events.Error, eventStartFailed, n.cfg.Node, fmt.Sprintf("node %s cannot start: %s: %v", n.cfg.Node, step.name, err))
 			return nil, fmt.Errorf("open %s: %w", step.name, err)
 		}
 	}
@@ -146,9 +150,10 @@ func (n *Node) Close(ctx context.Context) error {
 func (n *Node) onClose(f func(context.Context) error) { n.opened = append(n.opened, f) }
 
 func (n *Node) stateChanged(s state) {
-	if a := n.admin.Load(); a != nil {
-		a.SetServing(s.reason == "")
+	if a := n.admin.Load(); a != nil && s.reason != "" {
+		a.SetServing(false) // that it serves, observe finds, which knows of the quorum too
 	}
+	n.stateEvent(s)
 	if s.name == stateFailed {
 		n.log.Error("the node is fenced", logkey.Reason, s.reason)
 	}

@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/events"
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/replication"
@@ -27,6 +29,7 @@ import (
 func (i *incarnation) deliver(decisions []replication.Decision) {
 	items := make([]apply.Item, 0, len(decisions))
 	for _, d := range decisions {
+		i.decision(d)
 		gid := d.Set.GID
 		own := gid.Node == i.n.cfg.Node
 		var held *coord.Transaction
@@ -119,6 +122,8 @@ func (s sink) Stray(xid uint32, lsn txn.LSN, rows uint64) {
 	s.n.log.Error("a commit bypassed the gateway and was not replicated: this node differs from the others",
 		logkey.XID, xid, logkey.LSN, lsn.String(), "rows", rows)
 	s.n.strays.Inc()
+	s.n.event(events.Error, eventStray, s.n.cfg.Node, "a commit bypassed the gateway and was not replicated: this node differs from the others",
+		logkey.LSN, lsn.String(), "rows", strconv.FormatUint(rows, 10))
 }
 
 // coordinator fits the coordinator of the current incarnation to the gateway, whose sessions end before another begins.
@@ -179,11 +184,13 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 type order struct{ *incarnation }
 
 func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
-	if last := o.machine.LastCSN(); last > maxLag {
+	if last := o.machine.LastCSN(); last > maxLag && o.pipeline.Applied() < last-maxLag {
+		began := time.Now()
 		// What an incarnation that has ended still proposes is not for this node's PostgreSQL to wait for.
 		if err := o.pipeline.WaitFor(ctx, last-maxLag); err != nil && o.ctx.Err() == nil {
 			return 0, fmt.Errorf("wait for apply to catch up: %w: %w", txn.ErrNoQuorum, err)
 		}
+		o.n.noteFlowControl(time.Since(began))
 	}
 	return o.n.consensus.Load().Propose(ctx, data)
 }

@@ -28,10 +28,15 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	}
 	n.peers = peers.New(n.grpcAddress, n.dialOptions()...)
 	n.onClose(func(context.Context) error { return n.peers.Close() })
-	api := admin.New(admin.Config{
+	config := admin.Config{
 		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n,
-	})
-	n.onClose(func(context.Context) error { api.Close(); return nil })
+	}
+	api, observe := admin.New(config), admin.NewObserve(config, n)
+	n.onClose(func(context.Context) error { api.Close(); observe.Close(); return nil })
+	observe.Register(n.grpc)
+	if err := n.openHeartbeats(); err != nil {
+		return err
+	}
 	api.Register(n.grpc)
 	n.openDonor()
 	n.admin.Store(api)
@@ -49,6 +54,8 @@ func (n *Node) serveGRPC(ctx context.Context) error {
 	}
 	n.onClose(func(context.Context) error { n.grpc.Stop(); return nil })
 	n.run("gRPC", func(context.Context) error { return n.grpc.Serve(listener) })
+	n.alongside(n.seen.beats.Run)
+	n.alongside(n.observe)
 	return nil
 }
 

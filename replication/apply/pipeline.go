@@ -495,3 +495,39 @@ func (p *Pipeline) lag() (items, bytes int, age time.Duration) {
 	}
 	return p.items, p.bytes, age
 }
+
+// InFlight is a remote transaction that is decided and not visible yet, for those who look.
+type InFlight struct {
+	GID   txn.GID
+	CSN   txn.CSN
+	Stage string // "waiting", "executing", "executed", "committing" or "evicted"
+	Since time.Time
+}
+
+var stageNames = [...]string{
+	stateWaiting: "waiting", stateRunning: "executing", stateReady: "executed", stateCommitting: "committing", stateEvicted: "evicted",
+}
+
+// InFlight returns the first of them, at most so many, in their order. Those that wait in an open transaction of this
+// node are left out.
+func (p *Pipeline) InFlight(most int) []InFlight {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []InFlight
+	for i := 0; i < p.queue.len() && len(all) < most; i++ {
+		e := p.queue.at(i)
+		if e.local != nil {
+			continue
+		}
+		for _, item := range e.items[:min(len(e.items), most-len(all))] {
+			all = append(all, InFlight{GID: item.Set.GID, CSN: item.CSN, Stage: stageNames[e.state], Since: e.since})
+		}
+	}
+	return all
+}
+
+// Queue returns how many transactions are decided and not visible, and for how long the next one has been.
+func (p *Pipeline) Queue() (transactions int, age time.Duration) {
+	items, _, age := p.lag()
+	return items, age
+}

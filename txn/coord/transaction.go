@@ -49,6 +49,7 @@ type Transaction struct {
 	ordered   bool   // certainly in the log
 	expired   bool   // deadline has passed
 	committed bool
+	doubtful  bool // the session was told that the outcome is unknown
 	orphan    bool // the session is gone: nobody reads events
 }
 
@@ -111,6 +112,7 @@ func (t *Transaction) expire() {
 // giveUp tells the session that the outcome is unknown. The log's verdict may still come. Called with mu held.
 func (t *Transaction) giveUp(why error) {
 	t.c.cfg.Logger.Warn("commit outcome unknown", logkey.GID, t.gid, logkey.Error, why)
+	t.doubtful = true
 	t.send(txn.Event{Step: txn.StepUnknown})
 }
 

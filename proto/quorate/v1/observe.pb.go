@@ -1103,6 +1103,7 @@ type Event struct {
 	Kind          string                 `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"`
 	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`
 	Fields        map[string]string      `protobuf:"bytes,7,rep,name=fields,proto3" json:"fields,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	About         uint32                 `protobuf:"varint,8,opt,name=about,proto3" json:"about,omitempty"` // the node that it is about
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1184,6 +1185,13 @@ func (x *Event) GetFields() map[string]string {
 		return x.Fields
 	}
 	return nil
+}
+
+func (x *Event) GetAbout() uint32 {
+	if x != nil {
+		return x.About
+	}
+	return 0
 }
 
 var File_quorate_v1_observe_proto protoreflect.FileDescriptor
@@ -1276,7 +1284,7 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\x05after\x18\x06 \x01(\x04R\x05after\"v\n" +
 	"\x0eEventsResponse\x12)\n" +
 	"\x06events\x18\x01 \x03(\v2\x11.quorate.v1.EventR\x06events\x129\n" +
-	"\vunreachable\x18\x02 \x03(\v2\x17.quorate.v1.UnreachableR\vunreachable\"\x98\x02\n" +
+	"\vunreachable\x18\x02 \x03(\v2\x17.quorate.v1.UnreachableR\vunreachable\"\xae\x02\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x17\n" +
@@ -1284,7 +1292,8 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\bseverity\x18\x04 \x01(\x0e2\x14.quorate.v1.SeverityR\bseverity\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x125\n" +
-	"\x06fields\x18\a \x03(\v2\x1d.quorate.v1.Event.FieldsEntryR\x06fields\x1a9\n" +
+	"\x06fields\x18\a \x03(\v2\x1d.quorate.v1.Event.FieldsEntryR\x06fields\x12\x14\n" +
+	"\x05about\x18\b \x01(\rR\x05about\x1a9\n" +
 	"\vFieldsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01*a\n" +
