@@ -226,6 +226,18 @@ func (g *Gateway) Drain(ctx context.Context) error {
 	return nil
 }
 
+// Quiesce is Drain, except that the gateway goes on listening: whether clients can connect later is for
+// Config.Accepting to say, which must refuse them by now.
+func (g *Gateway) Quiesce(ctx context.Context) error {
+	g.mu.Lock()
+	g.life++ // who is connecting has been admitted before
+	g.mu.Unlock()
+	if err := g.endSessions(ctx, (*session).drain); err != nil {
+		return fmt.Errorf("quiesce gateway: %w", err)
+	}
+	return nil
+}
+
 // EndSessions ends every session as the end of its server connection would, because the server is gone or must not be
 // used any more, and waits until they have ended. Who is connecting is turned away. A commit that waits for the log's
 // word still gets it, and its client hears it. When ctx ends first it returns the reason.

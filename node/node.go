@@ -30,9 +30,6 @@ import (
 	"github.com/quorate/quorate/replication/clone"
 )
 
-// maxNodes is how many nodes a cluster can have: each sequence is divided into as many residues when it is created.
-const maxNodes = 16
-
 // Certifier window, in transactions. A node that is further behind than horizonKeep has its writes aborted with 40001.
 const (
 	horizonKeep = 100_000
@@ -41,10 +38,11 @@ const (
 
 // Node is a running node. Its methods may be called concurrently.
 type Node struct {
-	cfg     config.Config
-	version string
-	log     *slog.Logger
-	states  states
+	cfg      config.Config
+	version  string
+	log      *slog.Logger
+	identity identity
+	states   states
 
 	server    *pgserver.Server // nil: PostgreSQL is not managed by us
 	current   atomic.Pointer[incarnation]
@@ -75,11 +73,11 @@ type Node struct {
 	closeErr error
 }
 
-// Open starts a node of this version of Quorate and returns when its clients can connect; it accepts writes once it has
+// Open starts a node of this version of Quorate, as what its data directory says that it is (config.ClaimDataDir), and returns when its clients can connect; it accepts writes once it has
 // caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again.
-func Open(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (_ *Node, err error) {
+func Open(ctx context.Context, cfg config.Config, id config.Identity, version string, log *slog.Logger) (_ *Node, err error) {
 	n := &Node{
-		cfg: cfg, version: version, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(),
+		cfg: cfg, version: version, identity: identity{dir: cfg.DataDir, now: id}, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(),
 		strays:     prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_strays_total", Help: "Commits that bypassed the gateway."}),
 		recoveries: prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_recoveries_total", Help: "Times that PostgreSQL was lost and taken up again."}),
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pgserver"
+	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/pg"
 )
@@ -88,7 +89,7 @@ func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (e
 	if err := pgserver.CheckSettings(ctx, conn, n.sizing()); err != nil {
 		return err
 	}
-	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: maxNodes}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: replication.MaxSlots}
 	if err := pg.Settle(ctx, conn); err != nil {
 		return err
 	}

@@ -91,7 +91,7 @@ func TestLogForgetsOnlyWhatIsDurable(t *testing.T) {
 	if err := errors.Join(conn.Close(ctx), n.Close(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	if set, err := Open(ctx, cfg, "test", slog.New(slog.DiscardHandler)); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "set back") {
+	if set, err := Open(ctx, cfg, claim(t, cfg), "test", slog.New(slog.DiscardHandler)); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "set back") {
 		t.Errorf("opened on a PostgreSQL that was set back: %v", err)
 		if err == nil {
 			_ = set.Close(ctx) // the test has failed
@@ -126,9 +126,19 @@ func loneNode(t *testing.T) config.Config {
 	return c
 }
 
+// claim is what a command does first.
+func claim(t *testing.T, cfg config.Config) config.Identity {
+	t.Helper()
+	id, err := cfg.ClaimDataDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
 func openNode(t *testing.T, ctx context.Context, cfg config.Config) *Node {
 	t.Helper()
-	n, err := Open(ctx, cfg, "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+	n, err := Open(ctx, cfg, claim(t, cfg), "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,7 +54,8 @@ func runNode(ctx context.Context, file string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := cfg.ClaimDataDir(); err != nil {
+	identity, err := cfg.ClaimDataDir()
+	if err != nil {
 		return err
 	}
 	pid, err := lockPIDFile(filepath.Join(cfg.DataDir, pidFileName))
@@ -63,7 +64,7 @@ func runNode(ctx context.Context, file string, stderr io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, pid.release()) }()
 
-	n, err := node.Open(ctx, cfg, ownVersion(), newLogger(cfg.Log, stderr))
+	n, err := node.Open(ctx, cfg, identity, ownVersion(), newLogger(cfg.Log, stderr))
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", cfg.Node, err)
 	}

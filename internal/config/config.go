@@ -15,17 +15,25 @@ type Config struct {
 	// Cluster is the name that all members share: 1 to 63 of a-z, 0-9, "-" and "_". A data directory remembers it and
 	// is refused under another. Required.
 	Cluster string `yaml:"cluster"`
-	// Node is the ID of this node, one of Members, at least 1. It never changes, and after a node lost its data
-	// directory it must not be used again. Required.
-	Node txn.NodeID `yaml:"node"`
+	// Node is the ID of this node among Members, at least 1. It never changes, and after a node lost its data directory it
+	// must not be used again. Given with Members only: a node of a cluster that was made by quorate init or join gets its
+	// ID from the cluster.
+	Node txn.NodeID `yaml:"node,omitempty"`
+	// Role is data (default), or witness: a node without PostgreSQL and clients, which votes and stores the log, so that
+	// of two data nodes either can be lost.
+	Role string `yaml:"role,omitempty"`
 	// DataDir holds the sidecar's log and pid file and, for a managed server, PostgreSQL's data. Required.
 	DataDir string `yaml:"data_dir"`
 
-	Postgres Postgres `yaml:"postgres"`
+	// Postgres is not used by a witness.
+	Postgres Postgres `yaml:"postgres,omitempty"`
 	Listen   Listen   `yaml:"listen"`
-	// Members lists every node, this one included, alike on all of them. It founds the cluster; afterwards the log
-	// knows the members, and only the addresses of gRPC, HTTP and gateway are taken from here.
-	Members []Member `yaml:"members"`
+	// Advertise has the addresses by which others reach this node. Default: its entry in Members, else those of Listen,
+	// as far as they name a host.
+	Advertise Advertise `yaml:"advertise,omitempty"`
+	// Members founds a cluster by a list of all nodes, this one included, alike on all of them. Afterwards the log knows
+	// the members, and this list is not looked at any more, except for this node's own addresses.
+	Members []Member `yaml:"members,omitempty"`
 
 	TLS     TLS     `yaml:"tls,omitempty"`
 	Gateway Gateway `yaml:"gateway,omitempty"`
@@ -80,17 +88,31 @@ type Postgres struct {
 	Settings map[string]string `yaml:"settings,omitempty"`
 }
 
+// The values of Config.Role.
+const (
+	RoleData    = "data"
+	RoleWitness = "witness"
+)
+
 // Listen has the addresses this node listens on. All are required and differ. Without TLS all but the gateway's must be
 // loopback addresses.
 type Listen struct {
-	// Gateway is where clients of PostgreSQL connect.
-	Gateway string `yaml:"gateway"`
+	// Gateway is where clients of PostgreSQL connect. A witness has none.
+	Gateway string `yaml:"gateway,omitempty"`
 	// GRPC serves the command line, and the other members' proposals.
 	GRPC string `yaml:"grpc"`
 	// HTTP serves metrics.
 	HTTP string `yaml:"http"`
 	// Raft serves the other members' log.
 	Raft string `yaml:"raft"`
+}
+
+// Advertise has addresses like those of a Member.
+type Advertise struct {
+	Gateway string `yaml:"gateway,omitempty"` // shown only
+	GRPC    string `yaml:"grpc,omitempty"`
+	HTTP    string `yaml:"http,omitempty"` // shown only
+	Raft    string `yaml:"raft,omitempty"`
 }
 
 // Member has the addresses by which the other members, and people, reach a node: hosts that mean it everywhere, not
@@ -101,7 +123,11 @@ type Member struct {
 	GRPC    string     `yaml:"grpc"`
 	HTTP    string     `yaml:"http,omitempty"`    // shown only
 	Gateway string     `yaml:"gateway,omitempty"` // shown only
+	Role    string     `yaml:"role,omitempty"`    // as Config.Role; empty: data
 }
+
+// Witness is Config.Witness of another node.
+func (m Member) Witness() bool { return m.Role == RoleWitness }
 
 // Apply configures how other nodes' transactions are applied here.
 type Apply struct {
@@ -140,12 +166,22 @@ var levels = map[string]slog.Level{
 	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
 }
 
-// Self returns this node's entry of Members. It is the zero Member if there is none, which Validate refuses.
+// Self returns how others reach this node. ID is 0 as long as nobody has said which one it is.
 func (c *Config) Self() Member {
+	return Member{
+		ID: c.Node, Raft: c.Advertise.Raft, GRPC: c.Advertise.GRPC, HTTP: c.Advertise.HTTP, Gateway: c.Advertise.Gateway, Role: c.Role,
+	}
+}
+
+// Witness reports whether the node has no PostgreSQL.
+func (c *Config) Witness() bool { return c.Role == RoleWitness }
+
+// listed returns this node's entry of Members.
+func (c *Config) listed() (Member, bool) {
 	for _, m := range c.Members {
 		if m.ID == c.Node {
-			return m
+			return m, true
 		}
 	}
-	return Member{}
+	return Member{}, false
 }

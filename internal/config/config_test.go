@@ -76,14 +76,15 @@ func TestSampleIsComplete(t *testing.T) {
 	}
 }
 
+const members = `members: [{id: 1, raft: "h:6401", grpc: "h:6201"}]`
+
 const minimal = `
 cluster: c
 node: 1
 data_dir: data
 postgres: {managed: true, auth: trust}
 listen: {gateway: ":6001", grpc: "127.0.0.1:6201", http: "localhost:6301", raft: "[::1]:6401"}
-members: [{id: 1, raft: "h:6401", grpc: "h:6201"}]
-`
+` + members + "\n"
 
 func TestPathsAreRelativeToTheFile(t *testing.T) {
 	dir := t.TempDir()
@@ -146,6 +147,13 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\ngateway: {clients: [{from: here, access: allow}]}", `gateway.clients[0].from: "here": must be a network`},
 		{"node: 1", "node: 1\ngateway: {clients: [{from: 10.0.0.0/8, access: yes}]}", `gateway.clients[0].access: "yes": must be one of`},
 		{"node: 1", "node: 1\ngateway: {clients: [{from: 10.0.0.0/8, access: tls}]}", `gateway.clients[0].access: "tls": needs`},
+		{"node: 1", "", "node: is required"},
+		{members, "", `node: "1": is given out by the cluster`},
+		{"node: 1\n", "role: king\n", `role: "king": must be one of data, witness`},
+		{"node: 1", "node: 1\nrole: witness", "postgres: a witness has none"},
+		{"node: 1", "node: 1\nrole: witness", `listen.gateway: ":6001": a witness has no clients`},
+		{"node: 1", "node: 1\nrole: witness", "members[0].role: is not this node's role, which is witness"},
+		{`grpc: "h:6201"}`, `grpc: "h:6201", role: witness}`, "members: has witnesses only"},
 	} {
 		text := strings.Replace(minimal, tc.from, tc.to, 1)
 		if text == minimal {
@@ -165,7 +173,7 @@ func TestEverythingAtOnce(t *testing.T) {
 	if !errors.As(err, &wrong) {
 		t.Fatal(err)
 	}
-	for _, field := range []string{"cluster", "node", "data_dir", "postgres.host", "listen.gateway", "listen.grpc", "listen.http", "listen.raft", "members"} {
+	for _, field := range []string{"cluster", "data_dir", "postgres.host", "listen.gateway", "listen.grpc", "listen.http", "listen.raft"} {
 		if !strings.Contains(err.Error(), "\n  "+field+": ") {
 			t.Errorf("%s is not named by\n%v", field, err)
 		}
@@ -228,25 +236,63 @@ func TestClaimDataDir(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var claimed Identity
 	for range 2 {
-		if err := c.ClaimDataDir(); err != nil {
-			t.Fatal(err)
+		if claimed, err = c.ClaimDataDir(); err != nil || claimed.Node != 1 || claimed.State != StateMember || claimed.ClusterID.IsZero() {
+			t.Fatalf("%+v: %v", claimed, err)
 		}
 	}
 	other := c
 	other.Cluster = "d"
-	if err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to cluster "c": cluster is "d"`) {
+	if _, err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to cluster "c": cluster is "d"`) {
 		t.Errorf("another cluster: %v", err)
 	}
 	other = c
 	other.Node = 2
-	if err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to node 1 of cluster "c": node is 2`) {
+	if _, err := other.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), `belongs to node 1 of cluster "c": node is 2`) {
 		t.Errorf("another node: %v", err)
+	}
+	// Without a list of members it is the directory that says who the node is.
+	joined := c
+	joined.Node, joined.Members = 0, nil
+	if got, err := joined.ClaimDataDir(); err != nil || joined.Node != 1 || !reflect.DeepEqual(got, claimed) {
+		t.Errorf("%+v: %v", got, err)
+	}
+	joined.DataDir = t.TempDir()
+	if _, err := joined.ClaimDataDir(); !errors.Is(err, ErrNoIdentity) || !strings.Contains(err.Error(), "quorate init") {
+		t.Errorf("a directory of nobody: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(c.DataDir, "identity"), []byte("garbage"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), "damaged") {
+	if _, err := c.ClaimDataDir(); err == nil || !strings.Contains(err.Error(), "damaged") {
 		t.Errorf("damaged identity: %v", err)
+	}
+}
+
+func TestAdvertise(t *testing.T) {
+	parse := func(listen, more string) (Config, error) {
+		return Parse([]byte("cluster: c\ndata_dir: d\ntls: {ca: a, cert: c, key: k}\npostgres: {managed: true, auth: trust}\nlisten: "+listen+"\n"+more), "/d")
+	}
+	const named = `{gateway: "h:1", grpc: "h:2", http: "h:3", raft: "h:4"}`
+	const everywhere = `{gateway: ":1", grpc: "0.0.0.0:2", http: ":3", raft: "[::]:4"}`
+	if c, err := parse(named, ""); err != nil || c.Advertise != (Advertise{"h:1", "h:2", "h:3", "h:4"}) {
+		t.Errorf("%+v: %v", c.Advertise, err)
+	}
+	if c, err := parse(everywhere, `advertise: {grpc: "x:2", raft: "x:4"}`); err != nil || c.Advertise != (Advertise{GRPC: "x:2", Raft: "x:4"}) {
+		t.Errorf("%+v: %v", c.Advertise, err)
+	}
+	_, err := parse(everywhere, "")
+	for _, want := range []string{`advertise.raft: is required, because listen.raft is "[::]:4"`, "advertise.grpc: is required"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error\n%v\ndoes not say\n%s", err, want)
+		}
+	}
+	if _, err := parse(named, `advertise: {raft: "0.0.0.0:4"}`); err == nil || !strings.Contains(err.Error(), "must name a host") {
+		t.Errorf("an address that means nothing elsewhere: %v", err)
+	}
+	const witness = "cluster: c\nrole: witness\ntls: {ca: a, cert: c, key: k}\ndata_dir: d\nlisten: {grpc: \"h:2\", http: \"h:3\", raft: \"h:4\"}"
+	if c, err := Parse([]byte(witness), "/d"); err != nil || !c.Witness() || c.Advertise.GRPC != "h:2" {
+		t.Errorf("%+v: %v", c, err)
 	}
 }

@@ -67,10 +67,21 @@ func writeFile(name string, text []byte) error {
 	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err == nil {
 		err = os.Rename(f.Name(), name)
 	}
+	if err == nil {
+		err = syncDir(filepath.Dir(name))
+	}
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	return nil
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // complete fills in the defaults and makes paths absolute.
@@ -86,6 +97,10 @@ func (c *Config) complete(dir string) {
 		}
 	}
 	path(&c.DataDir)
+	listed, _ := c.listed()
+	text(&c.Role, listed.Role)
+	text(&c.Role, RoleData)
+	c.Advertise.complete(listed, c.Listen)
 	pg := &c.Postgres
 	if pg.Managed {
 		if c.DataDir != "" {
@@ -99,9 +114,11 @@ func (c *Config) complete(dir string) {
 	}
 	path(&pg.PasswordFile)
 	c.completeSecurity(path)
-	text(&pg.Superuser, "postgres")
-	text(&pg.Database, "postgres")
-	orDefault(&pg.Port, 5432)
+	if !c.Witness() {
+		text(&pg.Superuser, "postgres")
+		text(&pg.Database, "postgres")
+		orDefault(&pg.Port, 5432)
+	}
 	orDefault(&c.Apply.Workers, 8)
 	orDefault(&c.Limits.Clients, 100)
 	orDefault(&c.Limits.Message, 64<<20)
@@ -113,6 +130,23 @@ func (c *Config) complete(dir string) {
 	orDefault(&c.MaxStaleness, defaultMaxStaleness)
 	text(&c.Log.Level, "info")
 	text(&c.Log.Format, "text")
+}
+
+// complete takes what is missing from this node's entry in the list of members, and what is not there from where it
+// listens, if that names a host.
+func (a *Advertise) complete(listed Member, listen Listen) {
+	for _, f := range []struct {
+		address        *string
+		listed, listen string
+	}{
+		{&a.Gateway, listed.Gateway, listen.Gateway}, {&a.GRPC, listed.GRPC, listen.GRPC},
+		{&a.HTTP, listed.HTTP, listen.HTTP}, {&a.Raft, listed.Raft, listen.Raft},
+	} {
+		orDefault(f.address, f.listed)
+		if namesHost(f.listen) {
+			orDefault(f.address, f.listen)
+		}
+	}
 }
 
 func orDefault[T comparable](p *T, value T) {

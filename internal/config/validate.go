@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -110,9 +111,20 @@ func (v *validator) address(field, value string, dialled bool) {
 	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
 		v.add(field, value, "port %q must be from 1 to 65535", port)
 	}
-	if ip := net.ParseIP(host); dialled && (host == "" || ip != nil && ip.IsUnspecified()) {
+	if dialled && !reachable(host) {
 		v.add(field, value, "must name a host that the other members can reach")
 	}
+}
+
+// reachable reports whether a host can mean the same everywhere.
+func reachable(host string) bool {
+	ip := net.ParseIP(host)
+	return host != "" && (ip == nil || !ip.IsUnspecified())
+}
+
+func namesHost(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	return err == nil && reachable(host)
 }
 
 var clusterName = regexp.MustCompile(`^[a-z0-9_-]{1,63}$`)
@@ -126,13 +138,16 @@ func (c Config) Validate() error {
 	if !clusterName.MatchString(c.Cluster) {
 		v.add("cluster", c.Cluster, "is required: 1 to 63 of a-z, 0-9, - and _")
 	}
-	if c.Node == 0 {
-		v.add("node", "", "is required, at least 1")
-	}
+	v.oneOf("role", c.Role, RoleData, RoleWitness)
 	v.required("data_dir", c.DataDir)
-	c.Postgres.validate(v)
+	if !c.Witness() {
+		c.Postgres.validate(v)
+	} else if !reflect.ValueOf(c.Postgres).IsZero() {
+		v.add("postgres", "", "a witness has none")
+	}
 	c.validateAddresses(v)
 	c.validateSecurity(v)
+	c.validateMembers(v)
 	v.within("apply.workers", int64(c.Apply.Workers), 1, 256)
 	v.within("limits.clients", int64(c.Limits.Clients), 1, 10000)
 	v.size("limits.message", c.Limits.Message, 64<<10, 1<<30)
@@ -208,15 +223,47 @@ func (c Config) validateAddresses(v *validator) {
 	for _, l := range []struct{ field, address string }{
 		{"listen.gateway", c.Listen.Gateway}, {"listen.grpc", c.Listen.GRPC}, {"listen.http", c.Listen.HTTP}, {"listen.raft", c.Listen.Raft},
 	} {
+		if l.field == "listen.gateway" && c.Witness() {
+			if l.address != "" {
+				v.add(l.field, l.address, "a witness has no clients")
+			}
+			continue
+		}
 		v.address(l.field, l.address, false)
 		if other, ok := listeners[l.address]; ok && l.address != "" {
 			v.add(l.field, l.address, "is the address of %s too", other)
 		}
 		listeners[l.address] = l.field
 	}
+	if len(c.Members) > 0 {
+		return // which say it
+	}
+	for _, a := range []struct {
+		field, address, listen string
+		required               bool
+	}{
+		{"raft", c.Advertise.Raft, c.Listen.Raft, true}, {"grpc", c.Advertise.GRPC, c.Listen.GRPC, true},
+		{"http", c.Advertise.HTTP, c.Listen.HTTP, false}, {"gateway", c.Advertise.Gateway, c.Listen.Gateway, false},
+	} {
+		switch {
+		case a.address != "":
+			v.address("advertise."+a.field, a.address, true)
+		case a.required && a.listen != "":
+			v.add("advertise."+a.field, "", "is required, because listen.%s is %q, which is nowhere that other members could connect to", a.field, a.listen)
+		}
+	}
+}
+
+// validateMembers checks the list that founds a cluster, if there is one.
+func (c Config) validateMembers(v *validator) {
 	if len(c.Members) == 0 {
-		v.add("members", "", "is required: every node of the cluster, this one included")
+		if c.Node != 0 {
+			v.add("node", c.Node.String(), "is given out by the cluster, unless a list of members founds it")
+		}
 		return
+	}
+	if c.Node == 0 {
+		v.add("node", "", "is required, at least 1: which of the members this node is")
 	}
 	if len(c.Members) > maxMembers {
 		v.add("members", strconv.Itoa(len(c.Members)), "more than %d members", maxMembers)
@@ -230,6 +277,10 @@ func (c Config) validateAddresses(v *validator) {
 			v.add(field+".id", m.ID.String(), "is the id of %s too", other)
 		}
 		ids[m.ID] = field
+		v.oneOf(field+".role", m.Role, "", RoleData, RoleWitness)
+		if m.ID == c.Node && m.Witness() != c.Witness() {
+			v.add(field+".role", m.Role, "is not this node's role, which is %s", c.Role)
+		}
 		v.address(field+".raft", m.Raft, true)
 		v.address(field+".grpc", m.GRPC, true)
 		if m.HTTP != "" {
@@ -247,6 +298,9 @@ func (c Config) validateAddresses(v *validator) {
 			}
 			addresses[a.address] = field + a.field
 		}
+	}
+	if !slices.ContainsFunc(c.Members, func(m Member) bool { return !m.Witness() }) {
+		v.add("members", "", "has witnesses only, and nobody with data")
 	}
 	if _, ok := ids[c.Node]; !ok && c.Node != 0 {
 		v.add("node", c.Node.String(), "is not among the members")
