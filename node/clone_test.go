@@ -125,7 +125,7 @@ func bareNode(t *testing.T, of config.Config, id txn.NodeID) *Node {
 }
 
 func identityOf(n *Node, slot int) pg.Identity {
-	return pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: slot, MaxNodes: maxNodes}
+	return pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: slot, MaxNodes: replication.MaxSlots}
 }
 
 // obtainClone clones n and returns up to where.
