@@ -34,6 +34,7 @@ type seen struct {
 	rates           atomic.Pointer[rates]
 	server          atomic.Pointer[serverHealth] // nil: PostgreSQL is not there
 	disk            atomic.Pointer[disk]
+	ticked          atomic.Int64 // when observe last looked, in nanoseconds since began
 
 	mu      sync.Mutex
 	changed chan struct{} // closed when something is to be shown at once
@@ -239,6 +240,7 @@ func (n *Node) observe(ctx context.Context) error {
 	defer ticker.Stop()
 	o := observation{n: n, quorum: true, rated: time.Now()}
 	for {
+		n.seen.ticked.Store(int64(time.Since(n.seen.began)))
 		leadership, changed := n.consensus.Load().Leadership()
 		o.look(leadership)
 		select {
@@ -249,6 +251,10 @@ func (n *Node) observe(ctx context.Context) error {
 		}
 	}
 }
+
+// stuckAfter is for how long observe may not have looked before the process counts as dead. It takes no lock that work is
+// done under, other than for an instant.
+const stuckAfter = 10 * time.Second
 
 // observation is what was noticed last.
 type observation struct {

@@ -111,7 +111,12 @@ func (n *Node) openHTTP(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	server, serve := n.serveHTTP(listener, guard.Wrap(mux))
+	open := http.NewServeMux() // load balancers ask without a name, a token or a certificate
+	for _, path := range admin.ProbePaths() {
+		open.Handle(path, admin.HandleProbe(n.probe))
+	}
+	open.Handle("/", guard.Wrap(mux))
+	server, serve := n.serveHTTP(listener, open)
 	n.onClose(func(context.Context) error { return server.Close() })
 	n.run("HTTP", func(context.Context) error {
 		if err := serve(); !errors.Is(err, http.ErrServerClosed) {

@@ -52,6 +52,22 @@ func (n *Node) View() *pb.View {
 	return v
 }
 
+// probe says how this node is, for load balancers.
+func (n *Node) probe() admin.Probe {
+	h := n.health()
+	p := admin.Probe{
+		Node: n.cfg.Node, State: h.State, Role: h.Role, Writes: h.AcceptsWrites, Server: h.State == stateActive && h.PostgresUp,
+		Alive: time.Since(n.seen.began)-time.Duration(n.seen.ticked.Load()) < stuckAfter,
+	}
+	p.Reads = p.State == stateActive && n.admitting() == nil
+	newest := h.Csn
+	for _, r := range n.seen.beats.Reports(h) {
+		newest = max(newest, r.Health.GetCsn())
+	}
+	p.Lag = newest - min(newest, h.AppliedCsn)
+	return p
+}
+
 // voters are the members whose word counts for a majority.
 func (n *Node) voters() (ids []txn.NodeID) {
 	if c := n.consensus.Load(); c != nil {
