@@ -63,6 +63,7 @@ type Machine struct {
 	index     txn.LogIndex
 	chunks    map[txn.GID]*chunkList
 	members   members
+	tokens    tokens
 	outcomes  outcomes
 	advanced  chan struct{} // closed when index has grown, if somebody waits for that
 }
@@ -75,7 +76,7 @@ type chunkList struct {
 func New(cfg Config) *Machine {
 	return &Machine{
 		cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList),
-		members: newMembers(), outcomes: newOutcomes(keptOutcomes),
+		members: newMembers(), tokens: make(tokens), outcomes: newOutcomes(keptOutcomes),
 	}
 }
 
@@ -130,6 +131,8 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 		m.addMember(*entry.Member)
 	case codec.KindHorizon:
 		m.certifier.Advance(entry.Horizon)
+	case codec.KindToken:
+		m.tokens.add(*entry.Token)
 	}
 	return nil
 }
@@ -140,7 +143,13 @@ func (m *Machine) change(entry codec.Entry) (c Change, ok bool) {
 	case codec.KindFound:
 		c, ok = m.members.found(*entry.Found)
 	case codec.KindAdmit:
-		c, ok = m.members.admit(*entry.Admit)
+		byToken := !entry.Admit.Token.ID.IsZero()
+		if byToken && m.tokens.check(entry.Admit.Token) != nil {
+			break
+		}
+		if c, ok = m.members.admit(*entry.Admit); ok && byToken {
+			m.tokens.use(entry.Admit.Token.ID)
+		}
 	case codec.KindRemove:
 		c, ok = m.members.remove(*entry.Remove)
 	}
@@ -302,6 +311,7 @@ type header struct {
 	Outcomes []byte `json:"outcomes,omitempty"`
 	// Membership came later: a snapshot without is of a log that has not founded the cluster yet.
 	Membership *membersState `json:"membership,omitempty"`
+	Tokens     []codec.Token `json:"tokens,omitempty"`
 }
 
 // magic begins a snapshot; its last byte is the version.
@@ -316,6 +326,7 @@ func (m *Machine) Snapshot() (*Snapshot, error) {
 	}
 	h, err := json.Marshal(header{
 		Index: m.index, CSN: m.certifier.LastCSN(), Members: m.members.list(), Membership: m.members.state(), Outcomes: m.outcomes.encode(),
+		Tokens: m.tokens.list(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encode snapshot header: %w", err)
@@ -382,6 +393,10 @@ func (m *Machine) Restore(r io.Reader) error {
 	m.chunks = make(map[txn.GID]*chunkList)
 	if !m.members.restore(h.Members, h.Membership) {
 		return fmt.Errorf("read members: %w", txn.ErrCorrupt)
+	}
+	m.tokens = make(tokens)
+	for _, t := range h.Tokens {
+		m.tokens[t.ID] = t
 	}
 	return nil
 }

@@ -48,9 +48,10 @@ const (
 	KindFound        Kind = 7
 	KindAdmit        Kind = 8
 	KindRemove       Kind = 9
+	KindToken        Kind = 10
 )
 
-var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier", "found", "admit", "remove"}
+var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier", "found", "admit", "remove", "token"}
 
 // String returns the metric label.
 func (k Kind) String() string {
@@ -72,6 +73,7 @@ type Entry struct {
 	Found        *Found
 	Admit        *Admit
 	Remove       *Remove
+	Token        *Token
 }
 
 // Chunk is an earlier part of a large write set. Data holds pgoutput messages as txn.WriteSet.Changes does, and

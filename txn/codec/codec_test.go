@@ -38,6 +38,8 @@ func encode(e codec.Entry) []byte {
 		return codec.AppendAdmit(nil, e.Admit)
 	case codec.KindRemove:
 		return codec.AppendRemove(nil, *e.Remove)
+	case codec.KindToken:
+		return codec.AppendToken(nil, e.Token)
 	}
 	panic("entry of no kind")
 }
@@ -94,9 +96,16 @@ func generated(e codec.Entry) *logv1.Entry {
 			RaftAddress: e.Admit.RaftAddress, GrpcAddress: e.Admit.GRPCAddress, HttpAddress: e.Admit.HTTPAddress,
 			GatewayAddress: e.Admit.GatewayAddress, Version: e.Admit.Version,
 		}
+		if use := e.Admit.Token; !use.ID.IsZero() {
+			a.Token, a.TokenHash, a.TokenTime = use.ID[:], use.Hash[:], use.Time
+		}
 		return &logv1.Entry{Kind: &logv1.Entry_Admit{Admit: a}}
 	case codec.KindRemove:
 		return &logv1.Entry{Kind: &logv1.Entry_Remove{Remove: &logv1.Remove{Node: uint32(e.Remove.Node), Reason: e.Remove.Reason}}}
+	case codec.KindToken:
+		return &logv1.Entry{Kind: &logv1.Entry_Token{Token: &logv1.Token{
+			Id: e.Token.ID[:], Hash: e.Token.Hash[:], Uses: e.Token.Uses, Expires: e.Token.Expires, Time: e.Token.Time,
+		}}}
 	}
 	panic("entry of no kind")
 }
@@ -106,6 +115,8 @@ func frame(body []byte) []byte {
 	b := binary.LittleEndian.AppendUint32([]byte{codec.Version}, crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))
 	return append(b, body...)
 }
+
+func hashes() *rapid.Generator[[]byte] { return rapid.SliceOfN(rapid.Byte(), 32, 32) }
 
 func uints() *rapid.Generator[uint64] {
 	return rapid.OneOf(rapid.Just(uint64(0)), rapid.Uint64Range(0, 300), rapid.Uint64())
@@ -159,7 +170,7 @@ func roles() *rapid.Generator[codec.Role] {
 func entries() *rapid.Generator[codec.Entry] {
 	text := rapid.StringN(0, 40, codec.MaxText)
 	return rapid.Custom(func(t *rapid.T) codec.Entry {
-		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 9).Draw(t, "kind"))}
+		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 10).Draw(t, "kind"))}
 		switch e.Kind {
 		case codec.KindTransactions:
 			e.Transactions = rapid.SliceOfN(writeSets(), 1, 8).Draw(t, "transactions")
@@ -200,8 +211,16 @@ func entries() *rapid.Generator[codec.Entry] {
 				RaftAddress: text.Draw(t, "raft"), GRPCAddress: text.Draw(t, "grpc"), HTTPAddress: text.Draw(t, "http"),
 				GatewayAddress: text.Draw(t, "gateway"), Version: text.Draw(t, "version"),
 			}
+			if rapid.Bool().Draw(t, "with a token") {
+				e.Admit.Token = codec.TokenUse{ID: uuids().Draw(t, "token"), Hash: codec.Hash(hashes().Draw(t, "hash")), Time: uints().Draw(t, "time")}
+			}
 		case codec.KindRemove:
 			e.Remove = &codec.Remove{Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), Reason: text.Draw(t, "reason")}
+		case codec.KindToken:
+			e.Token = &codec.Token{
+				ID: uuids().Draw(t, "id"), Hash: codec.Hash(hashes().Draw(t, "hash")), Uses: rapid.Uint32().Draw(t, "uses"),
+				Expires: uints().Draw(t, "expires"), Time: uints().Draw(t, "time"),
+			}
 		}
 		return e
 	})
@@ -393,6 +412,7 @@ func TestAppendRefuses(t *testing.T) {
 		"found":  func() { codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}}) },
 		"admit":  func() { codec.AppendAdmit(nil, &codec.Admit{}) },
 		"remove": func() { codec.AppendRemove(nil, codec.Remove{}) },
+		"token":  func() { codec.AppendToken(nil, &codec.Token{}) },
 	}
 	for name, write := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -442,6 +462,8 @@ func FuzzDecode(f *testing.F) {
 	f.Add(codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}, Previous: txn.UUID{2}, Founders: []codec.Founder{{Node: 1}, {Node: 2, Slot: 1, Role: codec.RoleWitness}}})[5:])
 	f.Add(codec.AppendAdmit(nil, &codec.Admit{Request: txn.UUID{1}, Replaces: 2, GRPCAddress: "127.0.0.1:1"})[5:])
 	f.Add(codec.AppendRemove(nil, codec.Remove{Node: 2, Reason: "reason"})[5:])
+	f.Add(codec.AppendAdmit(nil, &codec.Admit{Request: txn.UUID{1}, Token: codec.TokenUse{ID: txn.UUID{2}, Hash: codec.Hash{3}, Time: 4}})[5:])
+	f.Add(codec.AppendToken(nil, &codec.Token{ID: txn.UUID{1}, Hash: codec.Hash{2}, Uses: 3, Expires: 4, Time: 5})[5:])
 	f.Fuzz(func(t *testing.T, body []byte) {
 		_, _ = codec.Decode(body) // header and all
 		e, err := codec.Decode(frame(body))

@@ -42,6 +42,8 @@ func Decode(b []byte) (Entry, error) {
 		e.Admit = in.admit()
 	case KindRemove:
 		e.Remove = in.remove()
+	case KindToken:
+		e.Token = in.token()
 	default:
 		return Entry{}, outer.fail("entry has unknown kind %d", outer.field)
 	}

@@ -72,6 +72,7 @@ type Admit struct {
 	HTTPAddress    string
 	GatewayAddress string
 	Version        string // of Quorate
+	Token          TokenUse
 }
 
 // Remove ends a membership for good. What the node has not got into the log by then aborts.
@@ -114,6 +115,7 @@ func AppendAdmit(dst []byte, a *Admit) []byte {
 		texts[i] = sanitize(s)
 		inner += sizeOptional(len(texts[i]))
 	}
+	inner += sizeTokenUse(a.Token)
 	start := len(dst)
 	dst = begin(dst)
 	dst = appendHead(dst, protowire.Number(KindAdmit), inner)
@@ -123,6 +125,7 @@ func AppendAdmit(dst []byte, a *Admit) []byte {
 	for i, s := range texts {
 		dst = appendString(dst, protowire.Number(4+i), s)
 	}
+	dst = appendTokenUse(dst, a.Token)
 	return finish(dst, start)
 }
 
@@ -212,6 +215,7 @@ func (r *reader) founder() (m Founder) {
 
 func (r *reader) admit() *Admit {
 	a := new(Admit)
+	hashed := false
 	for r.next() {
 		switch r.field {
 		case 1:
@@ -230,12 +234,21 @@ func (r *reader) admit() *Admit {
 			a.GatewayAddress = r.text()
 		case 8:
 			a.Version = r.text()
+		case 9:
+			a.Token.ID = r.uuid()
+		case 10:
+			a.Token.Hash, hashed = r.hash(), true
+		case 11:
+			a.Token.Time = r.uint(math.MaxUint64)
 		default:
 			r.unknown()
 		}
 	}
 	if r.err == nil && a.Request.IsZero() {
 		r.fail("admission without a request")
+	}
+	if r.err == nil && (hashed == a.Token.ID.IsZero() || a.Token.ID.IsZero() && a.Token.Time != 0) {
+		r.fail("admission with part of a token")
 	}
 	return a
 }

@@ -47,6 +47,7 @@ type Entry struct {
 	//	*Entry_Found
 	//	*Entry_Admit
 	//	*Entry_Remove
+	//	*Entry_Token
 	Kind          isEntry_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -170,6 +171,15 @@ func (x *Entry) GetRemove() *Remove {
 	return nil
 }
 
+func (x *Entry) GetToken() *Token {
+	if x != nil {
+		if x, ok := x.Kind.(*Entry_Token); ok {
+			return x.Token
+		}
+	}
+	return nil
+}
+
 type isEntry_Kind interface {
 	isEntry_Kind()
 }
@@ -210,6 +220,10 @@ type Entry_Remove struct {
 	Remove *Remove `protobuf:"bytes,9,opt,name=remove,proto3,oneof"`
 }
 
+type Entry_Token struct {
+	Token *Token `protobuf:"bytes,10,opt,name=token,proto3,oneof"`
+}
+
 func (*Entry_Transactions) isEntry_Kind() {}
 
 func (*Entry_Chunk) isEntry_Kind() {}
@@ -227,6 +241,8 @@ func (*Entry_Found) isEntry_Kind() {}
 func (*Entry_Admit) isEntry_Kind() {}
 
 func (*Entry_Remove) isEntry_Kind() {}
+
+func (*Entry_Token) isEntry_Kind() {}
 
 // GID names one attempt to commit.
 type GID struct {
@@ -896,8 +912,13 @@ type Admit struct {
 	HttpAddress    string                 `protobuf:"bytes,6,opt,name=http_address,json=httpAddress,proto3" json:"http_address,omitempty"`
 	GatewayAddress string                 `protobuf:"bytes,7,opt,name=gateway_address,json=gatewayAddress,proto3" json:"gateway_address,omitempty"`
 	Version        string                 `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What admits: a token, the SHA-256 of its secret, and when it was asked for, in seconds since 1970. Absent where the
+	// proposer answers for it.
+	Token         []byte `protobuf:"bytes,9,opt,name=token,proto3" json:"token,omitempty"`                           // 16 bytes
+	TokenHash     []byte `protobuf:"bytes,10,opt,name=token_hash,json=tokenHash,proto3" json:"token_hash,omitempty"` // 32 bytes
+	TokenTime     uint64 `protobuf:"varint,11,opt,name=token_time,json=tokenTime,proto3" json:"token_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Admit) Reset() {
@@ -986,6 +1007,104 @@ func (x *Admit) GetVersion() string {
 	return ""
 }
 
+func (x *Admit) GetToken() []byte {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *Admit) GetTokenHash() []byte {
+	if x != nil {
+		return x.TokenHash
+	}
+	return nil
+}
+
+func (x *Admit) GetTokenTime() uint64 {
+	if x != nil {
+		return x.TokenTime
+	}
+	return 0
+}
+
+// Token lets so many joiners be admitted until it expires. Without uses it takes the token back.
+type Token struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`     // 16 bytes
+	Hash          []byte                 `protobuf:"bytes,2,opt,name=hash,proto3" json:"hash,omitempty"` // 32 bytes: the SHA-256 of the secret
+	Uses          uint32                 `protobuf:"varint,3,opt,name=uses,proto3" json:"uses,omitempty"`
+	Expires       uint64                 `protobuf:"varint,4,opt,name=expires,proto3" json:"expires,omitempty"` // in seconds since 1970
+	Time          uint64                 `protobuf:"varint,5,opt,name=time,proto3" json:"time,omitempty"`       // of this entry, likewise: what has expired by then is forgotten
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Token) Reset() {
+	*x = Token{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Token) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Token) ProtoMessage() {}
+
+func (x *Token) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Token.ProtoReflect.Descriptor instead.
+func (*Token) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Token) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *Token) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *Token) GetUses() uint32 {
+	if x != nil {
+		return x.Uses
+	}
+	return 0
+}
+
+func (x *Token) GetExpires() uint64 {
+	if x != nil {
+		return x.Expires
+	}
+	return 0
+}
+
+func (x *Token) GetTime() uint64 {
+	if x != nil {
+		return x.Time
+	}
+	return 0
+}
+
 // Remove ends a membership for good. What the node has not got into the log by then aborts.
 type Remove struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -997,7 +1116,7 @@ type Remove struct {
 
 func (x *Remove) Reset() {
 	*x = Remove{}
-	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1009,7 +1128,7 @@ func (x *Remove) String() string {
 func (*Remove) ProtoMessage() {}
 
 func (x *Remove) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_log_v1_log_proto_msgTypes[12]
+	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1022,7 +1141,7 @@ func (x *Remove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remove.ProtoReflect.Descriptor instead.
 func (*Remove) Descriptor() ([]byte, []int) {
-	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{12}
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Remove) GetNode() uint32 {
@@ -1043,7 +1162,7 @@ var File_quorate_log_v1_log_proto protoreflect.FileDescriptor
 
 const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\n" +
-	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\xdd\x03\n" +
+	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\x8c\x04\n" +
 	"\x05Entry\x12B\n" +
 	"\ftransactions\x18\x01 \x01(\v2\x1c.quorate.log.v1.TransactionsH\x00R\ftransactions\x12-\n" +
 	"\x05chunk\x18\x02 \x01(\v2\x15.quorate.log.v1.ChunkH\x00R\x05chunk\x12-\n" +
@@ -1053,7 +1172,9 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\abarrier\x18\x06 \x01(\v2\x17.quorate.log.v1.BarrierH\x00R\abarrier\x12-\n" +
 	"\x05found\x18\a \x01(\v2\x15.quorate.log.v1.FoundH\x00R\x05found\x12-\n" +
 	"\x05admit\x18\b \x01(\v2\x15.quorate.log.v1.AdmitH\x00R\x05admit\x120\n" +
-	"\x06remove\x18\t \x01(\v2\x16.quorate.log.v1.RemoveH\x00R\x06removeB\x06\n" +
+	"\x06remove\x18\t \x01(\v2\x16.quorate.log.v1.RemoveH\x00R\x06remove\x12-\n" +
+	"\x05token\x18\n" +
+	" \x01(\v2\x15.quorate.log.v1.TokenH\x00R\x05tokenB\x06\n" +
 	"\x04kind\"W\n" +
 	"\x03GID\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
@@ -1101,7 +1222,7 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\aFounder\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x12\n" +
 	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
-	"\x04role\x18\x03 \x01(\rR\x04role\"\xfd\x01\n" +
+	"\x04role\x18\x03 \x01(\rR\x04role\"\xd1\x02\n" +
 	"\x05Admit\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\fR\arequest\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\rR\x04role\x12\x1a\n" +
@@ -1110,7 +1231,19 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\fgrpc_address\x18\x05 \x01(\tR\vgrpcAddress\x12!\n" +
 	"\fhttp_address\x18\x06 \x01(\tR\vhttpAddress\x12'\n" +
 	"\x0fgateway_address\x18\a \x01(\tR\x0egatewayAddress\x12\x18\n" +
-	"\aversion\x18\b \x01(\tR\aversion\"4\n" +
+	"\aversion\x18\b \x01(\tR\aversion\x12\x14\n" +
+	"\x05token\x18\t \x01(\fR\x05token\x12\x1d\n" +
+	"\n" +
+	"token_hash\x18\n" +
+	" \x01(\fR\ttokenHash\x12\x1d\n" +
+	"\n" +
+	"token_time\x18\v \x01(\x04R\ttokenTime\"m\n" +
+	"\x05Token\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
+	"\x04hash\x18\x02 \x01(\fR\x04hash\x12\x12\n" +
+	"\x04uses\x18\x03 \x01(\rR\x04uses\x12\x18\n" +
+	"\aexpires\x18\x04 \x01(\x04R\aexpires\x12\x12\n" +
+	"\x04time\x18\x05 \x01(\x04R\x04time\"4\n" +
 	"\x06Remove\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reasonB7Z5github.com/quorate/quorate/proto/quorate/log/v1;logv1b\x06proto3"
@@ -1127,7 +1260,7 @@ func file_quorate_log_v1_log_proto_rawDescGZIP() []byte {
 	return file_quorate_log_v1_log_proto_rawDescData
 }
 
-var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Entry)(nil),        // 0: quorate.log.v1.Entry
 	(*GID)(nil),          // 1: quorate.log.v1.GID
@@ -1141,7 +1274,8 @@ var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Found)(nil),        // 9: quorate.log.v1.Found
 	(*Founder)(nil),      // 10: quorate.log.v1.Founder
 	(*Admit)(nil),        // 11: quorate.log.v1.Admit
-	(*Remove)(nil),       // 12: quorate.log.v1.Remove
+	(*Token)(nil),        // 12: quorate.log.v1.Token
+	(*Remove)(nil),       // 13: quorate.log.v1.Remove
 }
 var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	2,  // 0: quorate.log.v1.Entry.transactions:type_name -> quorate.log.v1.Transactions
@@ -1152,18 +1286,19 @@ var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	8,  // 5: quorate.log.v1.Entry.barrier:type_name -> quorate.log.v1.Barrier
 	9,  // 6: quorate.log.v1.Entry.found:type_name -> quorate.log.v1.Found
 	11, // 7: quorate.log.v1.Entry.admit:type_name -> quorate.log.v1.Admit
-	12, // 8: quorate.log.v1.Entry.remove:type_name -> quorate.log.v1.Remove
-	3,  // 9: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
-	1,  // 10: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
-	1,  // 11: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
-	1,  // 12: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
-	1,  // 13: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
-	10, // 14: quorate.log.v1.Found.founders:type_name -> quorate.log.v1.Founder
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	13, // 8: quorate.log.v1.Entry.remove:type_name -> quorate.log.v1.Remove
+	12, // 9: quorate.log.v1.Entry.token:type_name -> quorate.log.v1.Token
+	3,  // 10: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
+	1,  // 11: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
+	1,  // 12: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
+	1,  // 13: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
+	1,  // 14: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
+	10, // 15: quorate.log.v1.Found.founders:type_name -> quorate.log.v1.Founder
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_quorate_log_v1_log_proto_init() }
@@ -1181,6 +1316,7 @@ func file_quorate_log_v1_log_proto_init() {
 		(*Entry_Found)(nil),
 		(*Entry_Admit)(nil),
 		(*Entry_Remove)(nil),
+		(*Entry_Token)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1188,7 +1324,7 @@ func file_quorate_log_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_log_v1_log_proto_rawDesc), len(file_quorate_log_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
