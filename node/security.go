@@ -40,6 +40,21 @@ var methods = authz.Methods{
 	pb.Recovery_Clone_FullMethodName:          pki.Node, // all data, and the passwords' hashes
 	pb.Cluster_Hash_FullMethodName:            pki.Node, // holds commits until it has its snapshot
 
+	pb.Membership_Add_FullMethodName:                pki.Node, // and a token
+	pb.Membership_Remove_FullMethodName:             pki.Operate,
+	pb.Membership_Leave_FullMethodName:              pki.Operate,
+	pb.Membership_Promote_FullMethodName:            pki.Operate,
+	pb.Membership_Demote_FullMethodName:             pki.Operate,
+	pb.Membership_TransferLeadership_FullMethodName: pki.Operate,
+	pb.Membership_Drain_FullMethodName:              pki.Operate,
+	pb.Membership_Resume_FullMethodName:             pki.Operate,
+	pb.Membership_Resync_FullMethodName:             pki.Operate,
+	pb.Membership_List_FullMethodName:               pki.Read,
+
+	pb.Tokens_Create_FullMethodName: pki.Operate,
+	pb.Tokens_Revoke_FullMethodName: pki.Operate,
+	pb.Tokens_List_FullMethodName:   pki.Read,
+
 	pb.Cluster_Status_FullMethodName:       pki.Read,
 	pb.Cluster_Verify_FullMethodName:       pki.Read,
 	pb.Observe_Watch_FullMethodName:        pki.Read,

@@ -38,6 +38,7 @@ func (n *Node) openAdmin(context.Context) (err error) {
 		return err
 	}
 	api.Register(n.grpc)
+	admin.RegisterTokens(n.grpc, n)
 	n.openDonor()
 	n.admin.Store(api)
 	return nil

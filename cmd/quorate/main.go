@@ -57,7 +57,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(runCommand(), demoCommand(), statusCommand(), verifyCommand(), certCommand(), httpTokenCommand(), versionCommand())
+	root.AddCommand(runCommand(), demoCommand(), statusCommand(), verifyCommand(), certCommand(), httpTokenCommand(), tokenCommand(), versionCommand())
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return exitOK
