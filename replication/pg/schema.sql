@@ -25,12 +25,31 @@ CREATE TABLE IF NOT EXISTS quorate.identity (
 );
 
 -- The sequences that have been given this node's residue, with their definition as the user wrote it.
-CREATE TABLE IF NOT EXISTS quorate.sequences (
+DO $$
+BEGIN
+    IF (SELECT relkind FROM pg_catalog.pg_class WHERE oid = to_regclass('quorate.sequences')) = 'r' THEN
+        ALTER TABLE quorate.sequences RENAME TO owned_sequences; -- of an earlier release
+    END IF;
+END $$;
+CREATE TABLE IF NOT EXISTS quorate.owned_sequences (
     sequence  oid PRIMARY KEY,
     start     bigint NOT NULL,
     increment bigint NOT NULL
 );
 GRANT SELECT (cluster, node, slot, max_nodes) ON quorate.identity TO PUBLIC;
+GRANT SELECT ON quorate.owned_sequences TO PUBLIC;
+
+-- What every node gives out of each sequence: start + slot * increment, and from there each max_nodes-th value.
+-- last_value is the last one that this node gave out, null before the first and for who may not read the sequence.
+CREATE OR REPLACE VIEW quorate.sequences AS
+    SELECT n.nspname AS schema, c.relname AS name, o.start, o.increment, me.node, me.slot, me.max_nodes,
+           o.start::numeric + me.slot * o.increment AS node_start, p.seqincrement AS node_increment,
+           CASE WHEN has_sequence_privilege(o.sequence, 'SELECT, USAGE') THEN pg_sequence_last_value(o.sequence::regclass) END AS last_value
+      FROM quorate.owned_sequences o
+      JOIN pg_class c ON c.oid = o.sequence
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+      JOIN pg_sequence p ON p.seqrelid = o.sequence
+     CROSS JOIN (SELECT node, slot, max_nodes FROM quorate.identity) me;
 GRANT SELECT ON quorate.sequences TO PUBLIC;
 
 -- own_sequence gives this node every max_nodes-th value of a sequence: increment times max_nodes, beginning with the
@@ -43,7 +62,7 @@ AS $$
 DECLARE
     me      quorate.identity;
     now_    pg_sequence;
-    before  quorate.sequences;
+    before  quorate.owned_sequences;
     wide    bigint;
     start0  bigint;
     step    bigint;
@@ -53,7 +72,7 @@ BEGIN
     SELECT * INTO STRICT me FROM quorate.identity;
     SELECT * INTO now_ FROM pg_sequence WHERE seqrelid = s;
     IF NOT FOUND THEN RETURN; END IF;
-    SELECT * INTO before FROM quorate.sequences WHERE sequence = s;
+    SELECT * INTO before FROM quorate.owned_sequences WHERE sequence = s;
     -- what differs from what was set here last, the user has set since
     step := now_.seqincrement;
     start0 := now_.seqstart;
@@ -80,7 +99,7 @@ BEGIN
         s::regclass, wide,
         CASE WHEN start0::numeric + me.slot::numeric * step BETWEEN now_.seqmin AND now_.seqmax THEN start0 + me.slot * step ELSE start0 END,
         next_);
-    INSERT INTO quorate.sequences VALUES (s, start0, step)
+    INSERT INTO quorate.owned_sequences VALUES (s, start0, step)
     ON CONFLICT (sequence) DO UPDATE SET start = excluded.start, increment = excluded.increment;
 END $$;
 
@@ -93,12 +112,13 @@ AS $$
 DECLARE
     s oid;
 BEGIN
-    DELETE FROM quorate.sequences q WHERE NOT EXISTS (SELECT FROM pg_sequence p WHERE p.seqrelid = q.sequence);
+    DELETE FROM quorate.owned_sequences q WHERE NOT EXISTS (SELECT FROM pg_sequence p WHERE p.seqrelid = q.sequence);
     FOR s IN
         SELECT p.seqrelid FROM pg_sequence p JOIN pg_class c ON c.oid = p.seqrelid
-        CROSS JOIN quorate.identity me LEFT JOIN quorate.sequences q ON q.sequence = p.seqrelid
+        CROSS JOIN quorate.identity me LEFT JOIN quorate.owned_sequences q ON q.sequence = p.seqrelid
         WHERE c.relpersistence <> 't'
-          AND (q.sequence IS NULL OR p.seqincrement <> q.increment * me.max_nodes OR p.seqstart <> q.start + me.slot * q.increment)
+          AND (q.sequence IS NULL OR p.seqincrement <> q.increment * me.max_nodes OR p.seqstart <> CASE
+              WHEN q.start::numeric + me.slot * q.increment BETWEEN p.seqmin AND p.seqmax THEN q.start + me.slot * q.increment ELSE q.start END)
         ORDER BY p.seqrelid
     LOOP
         PERFORM quorate.own_sequence(s);

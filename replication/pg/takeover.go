@@ -42,6 +42,7 @@ DECLARE
     high numeric;
     top  numeric;
 BEGIN
+    DELETE FROM quorate.owned_sequences o WHERE NOT EXISTS (SELECT FROM pg_sequence p WHERE p.seqrelid = o.sequence);
     SELECT * INTO STRICT me FROM quorate.identity;
     IF me.node = %[1]d THEN
         RETURN;
@@ -51,9 +52,9 @@ BEGIN
     END IF;
     FOR s IN
         SELECT q.sequence, q.sequence::regclass AS name, p.seqincrement > 0 AS ascending,
-               CASE WHEN p.seqincrement = q.increment * me.max_nodes THEN q.increment ELSE p.seqincrement END AS step,
-               CASE WHEN p.seqstart = q.start + me.slot * q.increment THEN q.start ELSE p.seqstart END AS first
-          FROM quorate.sequences q JOIN pg_sequence p ON p.seqrelid = q.sequence
+               CASE WHEN p.seqincrement = q.increment::numeric * me.max_nodes THEN q.increment ELSE p.seqincrement END AS step,
+               CASE WHEN p.seqstart = q.start::numeric + me.slot * q.increment THEN q.start ELSE p.seqstart END AS first
+          FROM quorate.owned_sequences q JOIN pg_sequence p ON p.seqrelid = q.sequence
          ORDER BY q.sequence
     LOOP
         EXECUTE format('ALTER SEQUENCE %%s INCREMENT BY %%s START WITH %%s', s.name, s.step, s.first);
@@ -78,7 +79,18 @@ BEGIN
         PERFORM setval(s.sequence::regclass, top::bigint);
     END LOOP;
     UPDATE quorate.identity SET node = %[1]d, slot = %[2]d, token = gen_random_uuid();
-    DELETE FROM quorate.sequences;
-    PERFORM quorate.own_sequences();
+    FOR s IN SELECT sequence FROM quorate.owned_sequences ORDER BY sequence LOOP
+        DELETE FROM quorate.owned_sequences WHERE sequence = s.sequence;
+        BEGIN
+            PERFORM quorate.own_sequence(s.sequence);
+        EXCEPTION WHEN sequence_generator_limit_exceeded THEN
+            -- This node has none left to give out. That is for who asks for one to hear; the node can do without.
+            INSERT INTO quorate.owned_sequences SELECT seqrelid, seqstart, seqincrement FROM pg_sequence WHERE seqrelid = s.sequence;
+            EXECUTE (SELECT format('ALTER SEQUENCE %%s INCREMENT BY %%s START WITH %%s NO CYCLE', seqrelid::regclass, seqincrement * %[3]d,
+                     CASE WHEN seqstart::numeric + %[2]d * seqincrement BETWEEN seqmin AND seqmax THEN seqstart + %[2]d * seqincrement ELSE seqstart END)
+                FROM pg_sequence WHERE seqrelid = s.sequence);
+            PERFORM setval(s.sequence::regclass, CASE WHEN seqincrement > 0 THEN seqmax ELSE seqmin END) FROM pg_sequence WHERE seqrelid = s.sequence;
+        END;
+    END LOOP;
 END $take_over$;
 COMMIT`
