@@ -113,7 +113,7 @@ func (n *Node) hasQuorum() bool { return n.consensus.Load() != nil && n.access()
 
 // health says how this node is. It asks nobody.
 func (n *Node) health() *pb.Health {
-	s := n.Status()
+	s := n.status()
 	h := &pb.Health{
 		State: s.State, Reason: s.Reason, AcceptsWrites: s.Writes, Quorum: n.hasQuorum(), Role: s.Role.String(),
 		Leader: uint32(s.Leader), Term: s.Term, CommitIndex: uint64(s.CommitIndex), AppliedIndex: uint64(s.AppliedIndex),

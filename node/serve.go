@@ -62,6 +62,19 @@ func (n *Node) serveGRPC(ctx context.Context) error {
 
 // Status says how the node is, for the API.
 func (n *Node) Status() admin.Status {
+	s := n.status()
+	s.Health = n.health()
+	s.Postgres = s.Health.PostgresVersion
+	for _, r := range n.seen.beats.Reports(s.Health) {
+		if r.Node == uint32(n.cfg.Node) {
+			s.Hears = r.Heard
+		}
+	}
+	return s
+}
+
+// status is what Status says but for the health.
+func (n *Node) status() admin.Status {
 	now := n.states.current()
 	s := admin.Status{State: now.name, Reason: now.reason, Writes: now.reason == ""}
 	if i := n.current.Load(); i != nil {

@@ -34,6 +34,10 @@ const (
 	exitOK      = 0
 	exitFailure = 1 // what was asked for could not be done
 	exitUsage   = 2 // the command line or the configuration is wrong; nothing was touched
+
+	// Of status --check.
+	exitDegraded = 3 // the cluster works, and not all members do
+	exitNoQuorum = 4 // the cluster takes no writes by way of the asked node
 )
 
 // run is the whole program. The first SIGINT or SIGTERM ends the command in good order, one more than a second
@@ -47,28 +51,48 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 	understood := false // whether the command line made sense
 	root := &cobra.Command{
-		Use:               "quorate",
-		Short:             "Synchronous multimaster for stock PostgreSQL",
-		SilenceErrors:     true,
-		SilenceUsage:      true,
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
-		PersistentPreRun:  func(*cobra.Command, []string) { understood = true },
+		Use:   "quorate",
+		Short: "Synchronous multimaster for stock PostgreSQL",
+		Long: "Quorate makes several stock PostgreSQL servers one synchronous multimaster cluster. Beside each server runs \"quorate run\"; clients connect " +
+			"to its gateway with any PostgreSQL driver.\n\n" +
+			"Commands that look at or act on a cluster ask one node, any will do. Which one, they take from --address or $QUORATE_ADDRESS (its gRPC address), " +
+			"or from --config or $QUORATE_CONFIG (its configuration file).\n\n" +
+			"Exit codes: 0 done; 1 it could not be done; 2 the command line or the configuration is wrong, and nothing was touched; and of \"status --check\" " +
+			"3 not all members are active, 4 no quorum.",
+		Example: "  quorate demo                                  # three nodes on this machine, to try things out\n" +
+			"  quorate status --address 127.0.0.1:6201       # how are they?\n" +
+			"  quorate watch --address 127.0.0.1:6201        # the same, live\n" +
+			"  source <(quorate completion bash)             # let the shell complete commands and flags",
+		SilenceErrors:    true,
+		SilenceUsage:     true,
+		PersistentPreRun: func(*cobra.Command, []string) { understood = true },
 	}
+	root.AddGroup(&cobra.Group{ID: groupLook, Title: "Look at a cluster:"})
 	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(runCommand(), demoCommand(), statusCommand(), verifyCommand(), certCommand(), httpTokenCommand(), tokenCommand(), versionCommand())
+	root.AddCommand(runCommand(), demoCommand(), statusCommand(), watchCommand(), nodesCommand(), heartbeatsCommand(),
+		transactionsCommand(), conflictsCommand(), eventsCommand(), verifyCommand(), certCommand(), httpTokenCommand(), tokenCommand(), versionCommand())
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return exitOK
 	}
 	fmt.Fprintln(stderr, "quorate:", err)
 	var wrong *config.Error
+	switch {
+	case errors.Is(err, errDegraded):
+		return exitDegraded
+	case errors.Is(err, errNoQuorum):
+		return exitNoQuorum
+	}
 	if !understood || errors.As(err, &wrong) || errors.Is(err, errUsage) {
 		return exitUsage
 	}
 	return exitFailure
 }
+
+// groupLook is the group of commands that change nothing.
+const groupLook = "look"
 
 // errUsage marks a command line that parses but makes no sense.
 var errUsage = errors.New("wrong usage")

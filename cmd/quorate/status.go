@@ -2,49 +2,86 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"strconv"
 	"strings"
-	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
 func statusCommand() *cobra.Command {
-	var at target
-	var format string
-	var timeout time.Duration
+	var a asking
+	var check bool
 	cmd := &cobra.Command{
-		Use:   "status --address HOST:PORT|--config FILE [-o json]",
-		Short: "Show the members of a cluster and how far each is",
-		Args:  cobra.NoArgs,
+		Use:   "status",
+		Short: "Show on one screen how the cluster is",
+		Long: "Ask a node, and by way of it all members, how they are. A member that does not answer within a second is shown as such.\n\n" +
+			"With --check the exit code is 0 if all members are active, 3 if some are not, and 4 if the asked node cannot take writes for lack of a quorum.",
+		Example: "  quorate status --address 127.0.0.1:6201\n  quorate status --config /etc/quorate.yaml -o json\n  quorate status --address 127.0.0.1:6201 --check >/dev/null || page-somebody",
+		GroupID: groupLook,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := at.complete(); err != nil {
-				return err
+			var s clusterStatus
+			err := a.ask(cmd.Context(), "get status", func(ctx context.Context, conn *grpc.ClientConn) error {
+				resp, err := pb.NewClusterClient(conn).Status(ctx, &pb.StatusRequest{})
+				if err != nil {
+					return err
+				}
+				s = newClusterStatus(resp)
+				return a.write(cmd.OutOrStdout(), s, s.show)
+			})
+			if err == nil && check {
+				return s.check()
 			}
-			print, ok := map[string]func(io.Writer, clusterStatus) error{"table": printTable, "json": printJSON}[format]
-			if !ok {
-				return usage("output", strconv.Quote(format), "must be table or json")
-			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
-			defer cancel()
-			resp, err := askStatus(ctx, at, false)
-			if err != nil {
-				return fmt.Errorf("get status from %s: %w", at.address, err)
-			}
-			return print(cmd.OutOrStdout(), newClusterStatus(resp))
+			return err
 		},
 	}
-	at.flags(cmd)
-	cmd.Flags().StringVarP(&format, "output", "o", "table", "`format`: table or json")
-	cmd.Flags().DurationVar(&timeout, "timeout", 5*time.Second, "how long to wait for an answer")
+	a.flags(cmd)
+	cmd.Flags().BoolVar(&check, "check", false, "let the exit code tell whether all is well")
 	return cmd
+}
+
+// errDegraded and errNoQuorum have exit codes of their own.
+var (
+	errDegraded = errors.New("not all members are active")
+	errNoQuorum = errors.New("no quorum")
+)
+
+// check says what is not as it should be.
+func (s clusterStatus) check() error {
+	if !s.quorum() {
+		return errNoQuorum
+	}
+	for _, m := range s.Members {
+		if m.State != "active" {
+			return fmt.Errorf("%w: node %d is %s", errDegraded, m.ID, m.State)
+		}
+	}
+	return nil
+}
+
+// answers counts the members that do.
+func (s clusterStatus) answers() (n int) {
+	for _, m := range s.Members {
+		if m.State != "no contact" {
+			n++
+		}
+	}
+	return n
+}
+
+// quorum reports whether the asked node is in contact with a majority.
+func (s clusterStatus) quorum() bool {
+	for _, m := range s.Members {
+		if m.ID == s.Node {
+			return m.Health != nil && m.Health.Quorum
+		}
+	}
+	return false
 }
 
 // askStatus calls Cluster.Status over a connection of its own.
@@ -89,6 +126,9 @@ type memberStatus struct {
 	Version       string    `json:"version"`
 	Postgres      string    `json:"postgres_version"`
 	Addresses     addresses `json:"addresses"`
+	// null if it did not answer
+	Health *healthForm `json:"health"`
+	Hears  []heardForm `json:"hears"`
 }
 
 type addresses struct {
@@ -109,6 +149,7 @@ func newClusterStatus(r *pb.StatusResponse) clusterStatus {
 			CommitIndex: m.CommitIndex, AppliedIndex: m.AppliedIndex, CSN: m.Csn, AppliedCSN: m.AppliedCsn, Lag: m.Lag,
 			Version: m.Version, Postgres: m.PostgresVersion,
 			Addresses: addresses{m.GatewayAddress, m.GrpcAddress, m.HttpAddress, m.RaftAddress},
+			Health:    newHealthForm(m.Health), Hears: newHeardForms(m.Hears),
 		}
 		if m.LastContactMs != nil {
 			seconds := float64(*m.LastContactMs) / 1000
@@ -126,36 +167,25 @@ func roleName(r pb.Role) string {
 	return strings.ToLower(strings.TrimPrefix(r.String(), "ROLE_"))
 }
 
-func printJSON(w io.Writer, s clusterStatus) error {
-	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
-	return e.Encode(s)
-}
-
-func printTable(w io.Writer, s clusterStatus) error {
-	leader := "no leader known"
-	if s.Leader != 0 {
-		leader = fmt.Sprintf("leader %d", s.Leader)
-	}
-	fmt.Fprintf(w, "cluster %s, %s, term %d; asked node %d\n", s.Cluster, leader, s.Term, s.Node)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "node\trole\tstate\twrites\tterm\tapplied\tlag\tgateway\tgRPC\tHTTP\tRaft")
+// show puts it on one screen.
+func (s clusterStatus) show(to *screen) {
+	to.line(cell{text: "cluster " + s.Cluster, style: bold}, text(", "), quorumCell(s.quorum(), s.answers(), len(s.Members)), text(", "), leaderCell(s.Leader),
+		text(fmt.Sprintf(", term %d; asked node %d", s.Term, s.Node)))
+	var rows [][]cell
 	for _, m := range s.Members {
-		writes := "yes"
-		if !m.AcceptsWrites {
-			writes = "no"
+		row := []cell{number(m.ID), text(m.Role), {text: m.State, style: stateStyle(m.State)}, yesNo(m.AcceptsWrites)}
+		if m.Role == "unknown" { // what a member that did not answer knows is not known here
+			row = append(row, unknown(), unknown(), unknown(), unknown())
+		} else {
+			commits := unknown()
+			if m.Health != nil {
+				commits = rate(m.Health.CommitsPerSecond)
+			}
+			row = append(row, number(m.Term), number(m.AppliedIndex), number(m.Lag), commits)
 		}
-		// What a member that did not answer knows is not known here: no zero that looks like knowledge.
-		term, applied, lag := strconv.FormatUint(m.Term, 10), strconv.FormatUint(m.AppliedIndex, 10), strconv.FormatUint(m.Lag, 10)
-		if m.Role == "unknown" {
-			term, applied, lag = "-", "-", "-"
-		}
-		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.ID, m.Role, m.State, writes, term, applied, lag,
-			m.Addresses.Gateway, m.Addresses.GRPC, m.Addresses.HTTP, m.Addresses.Raft)
+		rows = append(rows, append(row, text(dash(m.Postgres)), text(dash(m.Addresses.Gateway)), text(dash(m.Addresses.HTTP))))
 	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
+	to.table([]string{"node", "role", "state", "writes", "term", "applied", "lag", "commits/s", "server", "gateway", "HTTP"}, rows)
 	for _, m := range s.Members {
 		if m.Reason == "" {
 			continue
@@ -164,9 +194,6 @@ func printTable(w io.Writer, s clusterStatus) error {
 		if m.State == "no contact" && m.LastContact != nil {
 			heard = fmt.Sprintf(", last heard of %.0f s ago", *m.LastContact)
 		}
-		if _, err := fmt.Fprintf(w, "node %d: %s%s\n", m.ID, m.Reason, heard); err != nil {
-			return err
-		}
+		to.printf("node %d: %s%s", m.ID, m.Reason, heard)
 	}
-	return nil
 }
