@@ -157,7 +157,7 @@ func TestUsage(t *testing.T) {
 		{"run --config /nowhere/quorate.yaml", exitFailure, "/nowhere/quorate.yaml"},
 		{"status", exitUsage, "--address"},
 		{"verify", exitUsage, "--address"},
-		{"status --address 127.0.0.1:1 -o xml", exitUsage, `--output "xml": must be table or json`},
+		{"status --address 127.0.0.1:1 -o xml", exitUsage, `--output "xml": must be one of table, json, yaml`},
 		{"status --address 127.0.0.1:1", exitFailure, "get status from 127.0.0.1:1: "},
 		{"demo --nodes 0", exitUsage, "--nodes 0: must be from 1 to 9"},
 		{"demo --nodes many", exitUsage, "--nodes"},
