@@ -27,6 +27,7 @@ const (
 	codeTooMany            = "53300"
 	codeConnectionFailed   = "08006"
 	codeTooLarge           = "54000"
+	codeAuthorization      = "28000" // invalid_authorization_specification
 	codeResources          = "53000" // insufficient_resources
 	codeInternal           = "XX000"
 )

@@ -76,6 +76,14 @@ type Config struct {
 	Terminate func(ctx context.Context, pid uint32) error
 	// TLS, if set, is offered to clients; nil answers that TLS is not available.
 	TLS *tls.Config
+	// RequireTLS refuses clients without.
+	RequireTLS bool
+	// Rules are for client addresses: the first that covers one decides, and one that none covers is refused. No rules
+	// allow everybody.
+	Rules []Rule
+	// TrustLoopback lets clients from this machine in without a password if the server does not ask for one. It must not
+	// be set where the server asks who is at the other end of the connection: that is the gateway.
+	TrustLoopback bool
 	// MaxConnections is the number of clients at a time; 0 means 100.
 	MaxConnections int
 	// MaxMessage is the largest protocol message relayed, in bytes; 0 means 1 GiB, as in PostgreSQL. Large messages are
@@ -176,6 +184,10 @@ func (g *Gateway) Addr() net.Addr {
 	return g.listener.Addr()
 }
 
+// spareConnections is how many connections, beyond twice MaxConnections, may be there at once: those of who has not said
+// yet what it wants, and requests to cancel.
+const spareConnections = 50
+
 func (g *Gateway) accept() {
 	defer g.wg.Done()
 	for {
@@ -198,6 +210,12 @@ func (g *Gateway) accept() {
 			g.mu.Unlock()
 			_ = conn.Close() // refused by closing
 			return
+		}
+		if len(g.conns) >= 2*g.cfg.MaxConnections+spareConnections {
+			g.mu.Unlock()
+			g.fail(conn, errTooMany)
+			_ = conn.Close() // refused by closing
+			continue
 		}
 		g.conns[conn] = struct{}{}
 		g.wg.Add(1)

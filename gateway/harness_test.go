@@ -226,7 +226,7 @@ func (f *fixture) config() Config {
 	cfg := f.server.Config()
 	return Config{
 		Listen: "127.0.0.1:0", ServerNetwork: "tcp", ServerAddress: fmt.Sprintf("127.0.0.1:%d", cfg.Port),
-		Database: "postgres", Coordinator: f.coord, MaxConnections: 30, EvictTimeout: 2 * time.Second,
+		Database: "postgres", Coordinator: f.coord, MaxConnections: 30, TrustLoopback: true, EvictTimeout: 2 * time.Second,
 		Access:     func() Access { return Access(f.access.Load()) },
 		Registerer: prometheus.NewRegistry(), Logger: slog.New(slog.NewTextHandler(f.t.Output(), nil)),
 		Terminate: func(ctx context.Context, pid uint32) error {

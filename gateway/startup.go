@@ -35,6 +35,13 @@ func (g *Gateway) serve(conn net.Conn) {
 		log.Debug("client gone before startup", logkey.Error, err)
 		return
 	}
+	// Before version 17 libpq sends requests to cancel without TLS, and PostgreSQL takes them, whatever pg_hba.conf says.
+	encrypted := client != conn || version == versionCancel
+	if err := g.admit(clientAddress(conn), encrypted); err != nil {
+		g.fail(client, err)
+		log.Info("client refused", logkey.Error, err)
+		return
+	}
 	if version == versionCancel {
 		g.cancelRequest(body)
 		_ = client.Close() // the protocol has no answer to a cancel request
@@ -49,7 +56,7 @@ func (g *Gateway) serve(conn net.Conn) {
 	s, err := g.startSession(client, version, body)
 	if err != nil {
 		g.fail(client, err)
-		log.Debug("client not admitted", logkey.Error, err)
+		log.Info("client not admitted", logkey.Error, err)
 		return
 	}
 	defer g.unregister(s)
@@ -58,6 +65,8 @@ func (g *Gateway) serve(conn net.Conn) {
 		s.stop()
 	}
 	s.log = log.With(logkey.PID, s.pid)
+	// The server's own log knows the gateway only, and the process.
+	s.log.Debug("client connected", "tls", client != conn)
 	s.run()
 }
 
@@ -188,7 +197,7 @@ func (g *Gateway) startSession(client net.Conn, version uint32, body []byte) (_ 
 		return nil, &sqlError{code: codeUnsupported,
 			message: fmt.Sprintf("unsupported frontend protocol %d.%d: the gateway supports 3.0 to 3.2", version>>16, version&0xffff)}
 	}
-	packet, wishReadOnly, err := g.rewriteStartup(version, body)
+	packet, wishReadOnly, err := g.rewriteStartup(version, body, client.RemoteAddr())
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +234,7 @@ func (g *Gateway) startSession(client net.Conn, version uint32, body []byte) (_ 
 
 // rewriteStartup checks a startup packet and returns the one for the server. The last word on
 // default_transaction_read_only is the gateway's: what is set here is also what RESET goes back to.
-func (g *Gateway) rewriteStartup(version uint32, body []byte) (packet []byte, wishReadOnly bool, err error) {
+func (g *Gateway) rewriteStartup(version uint32, body []byte, from net.Addr) (packet []byte, wishReadOnly bool, err error) {
 	var user, database, options string
 	packet = binary.BigEndian.AppendUint32(make([]byte, 4, len(body)+96), version)
 	for len(body) > 0 && body[0] != 0 {
@@ -272,7 +281,7 @@ func (g *Gateway) rewriteStartup(version uint32, body []byte) (packet []byte, wi
 	if database != g.cfg.Database {
 		return nil, false, databaseError(database, g.cfg.Database)
 	}
-	options, wish, err := rewriteOptions(options)
+	options, wish, err := rewriteOptions(options, from)
 	if err != nil {
 		return nil, false, err
 	}
@@ -282,6 +291,10 @@ func (g *Gateway) rewriteStartup(version uint32, body []byte) (packet []byte, wi
 	binary.BigEndian.PutUint32(packet, uint32(len(packet)))
 	return packet, wishReadOnly || wish, nil
 }
+
+// clientSetting tells a session's SQL where its client connects from, as host:port. What a session begins with is true;
+// like application_name it can be changed afterwards.
+const clientSetting = "quorate.client_address"
 
 // startupSetting judges a setting given at startup. drop says that it is the gateway's to keep.
 func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
@@ -296,6 +309,8 @@ func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
 		if strings.EqualFold(value, "serializable") {
 			return false, false, errIsolation
 		}
+	case clientSetting:
+		return false, false, &sqlError{code: codeUnsupported, message: clientSetting + " is set by the gateway, to where a client connects from"}
 	case "session_replication_role":
 		if !strings.EqualFold(value, "origin") {
 			return false, false, errReplicaRole
@@ -309,8 +324,8 @@ func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
 }
 
 // rewriteOptions goes through the server options that a client gives ("-c name=value --name=value …", split at
-// blanks, backslash quotes), takes default_transaction_read_only out and sets it to on.
-func rewriteOptions(options string) (out string, wishReadOnly bool, err error) {
+// blanks, backslash quotes), takes default_transaction_read_only out and sets it to on, and adds where the client is.
+func rewriteOptions(options string, from net.Addr) (out string, wishReadOnly bool, err error) {
 	words := splitOptions(options)
 	var kept []string
 	for i := 0; i < len(words); i++ {
@@ -336,7 +351,7 @@ func rewriteOptions(options string) (out string, wishReadOnly bool, err error) {
 		}
 		kept = append(kept, whole...)
 	}
-	kept = append(kept, "-c", "default_transaction_read_only=on")
+	kept = append(kept, "-c", clientSetting+"="+from.String(), "-c", "default_transaction_read_only=on")
 	for i, w := range kept {
 		kept[i] = strings.NewReplacer(`\`, `\\`, " ", `\ `, "\t", "\\\t", "\n", "\\\n").Replace(w)
 	}
@@ -384,6 +399,7 @@ func unsafeEncoding(name string) bool {
 // in the buffer of toClient.
 func (s *session) authenticate() error {
 	flush := func() error { return s.toClient.flush() }
+	var login proof
 	for {
 		m, err := s.srv.next(flush)
 		if err != nil {
@@ -395,10 +411,13 @@ func (s *session) authenticate() error {
 		body := m.body()
 		switch m.typ {
 		case 'R':
-			if len(body) < 4 {
-				return &protocolError{"short authentication request from server"}
+			kind, err := authenticationKind(body)
+			if err != nil {
+				return err
 			}
-			kind := binary.BigEndian.Uint32(body)
+			if err := login.authentication(kind, clientAddress(s.client), s.g.cfg.TrustLoopback); err != nil {
+				return err
+			}
 			if kind == 10 {
 				s.toClient.buf = appendMechanisms(s.toClient.buf, body[4:])
 			} else {

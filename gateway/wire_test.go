@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"math/big"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -113,11 +114,12 @@ func FuzzStartup(f *testing.F) {
 	f.Add([]byte("user\x00postgres\x00options\x00-c default_transaction_read_only=off\x00\x00"), `-c a=b --c-d=e\ f -cx=y`)
 	f.Fuzz(func(t *testing.T, body []byte, options string) {
 		g := New(Config{Database: "postgres"})
-		packet, _, err := g.rewriteStartup(196608, body)
-		if err == nil && !bytes.Contains(packet, []byte("default_transaction_read_only=on\x00")) {
+		from := &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 5}
+		packet, _, err := g.rewriteStartup(196608, body, from)
+		if err == nil && !bytes.Contains(packet, []byte("-c quorate.client_address=10.0.0.1:5 -c default_transaction_read_only=on\x00")) {
 			t.Fatalf("%q", packet)
 		}
-		out, _, err := rewriteOptions(options)
+		out, _, err := rewriteOptions(options, from)
 		if err == nil {
 			words := splitOptions(out)
 			if words[len(words)-1] != "default_transaction_read_only=on" {

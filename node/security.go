@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,8 +18,10 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
+	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/authz"
 	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/invariant"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pki"
 	consensuspb "github.com/quorate/quorate/proto/quorate/consensus/v1"
@@ -209,4 +212,29 @@ func (n *Node) clientTLS() *tls.Config {
 		return nil
 	}
 	return n.clientCertificate.PlainServer()
+}
+
+// clientRules are the rules for addresses of clients of PostgreSQL.
+func (n *Node) clientRules() []gateway.Rule {
+	access := map[string]gateway.RuleAccess{
+		config.ClientsAllowed: gateway.Allow, config.ClientsWithTLS: gateway.AllowTLS, config.ClientsDenied: gateway.Deny,
+	}
+	var rules []gateway.Rule
+	for _, r := range n.cfg.Gateway.Clients {
+		from, err := r.Prefix()
+		invariant.Check(err == nil, "client rule from %q was validated", r.From)
+		rules = append(rules, gateway.Rule{From: from, Access: access[r.Access]})
+	}
+	return rules
+}
+
+// trustLoopback says whether a client from this machine may come in without a password where PostgreSQL asks for none:
+// where that was asked for, and where PostgreSQL is reached by TCP, so that it lets the same client in if it connects
+// there itself. Behind the socket of a server that somebody else has set up it may ask who the other side is (peer).
+func (n *Node) trustLoopback() bool {
+	p := n.cfg.Postgres
+	if p.Managed {
+		return p.Auth == "trust"
+	}
+	return !strings.HasPrefix(p.Host, "/")
 }

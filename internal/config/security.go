@@ -34,7 +34,7 @@ type GatewayTLS struct {
 	// Cert and Key are files in PEM. Default: those of Config.TLS, if any. They are read again when they change.
 	Cert string `yaml:"cert,omitempty"`
 	Key  string `yaml:"key,omitempty"`
-	// Require refuses clients without TLS, except those that a rule of Gateway.Clients allows.
+	// Require refuses clients without TLS, whatever the rules say.
 	Require bool `yaml:"require,omitempty"`
 }
 

@@ -308,9 +308,12 @@ func (c *Cluster) address(block, i int) string {
 	return net.JoinHostPort(host, strconv.Itoa(c.base+block+i))
 }
 
+// Password is that of postgres, where one is asked for.
+const Password = "tested"
+
 // URL is the connection string for an address, or for the directory and port of a Unix socket.
 func URL(address string) string {
-	const role, options = "postgres://postgres@", "/postgres?sslmode=disable"
+	const role, options = "postgres://postgres:" + Password + "@", "/postgres?sslmode=disable"
 	if dir, file := filepath.Split(address); dir != "" {
 		_, port, _ := strings.Cut(file, ":")
 		return role + options + "&host=" + dir + "&port=" + port

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -74,6 +75,7 @@ func (b Pgbench) Run(ctx context.Context) (PgbenchResult, error) {
 	}
 	args = append(args, b.Args...)
 	cmd := exec.CommandContext(ctx, path, append(args, "postgres")...)
+	cmd.Env = append(os.Environ(), "PGPASSWORD="+Password)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return PgbenchResult{}, fmt.Errorf("run pgbench %s: %w\n%s", strings.Join(b.Args, " "), err, tail(string(out), 30))

@@ -23,6 +23,10 @@ func (c *Cluster) runAll(ctx context.Context) error {
 	if err := c.certify(ctx); err != nil {
 		return err
 	}
+	// Who comes over a network is let in by a password only, whatever PostgreSQL thinks of the gateway.
+	if err := os.WriteFile(filepath.Join(c.root, "password"), []byte(Password+"\n"), 0o600); err != nil {
+		return err
+	}
 	for i := 1; i <= c.Nodes; i++ {
 		if err := c.configure(ctx, i); err != nil {
 			return fmt.Errorf("configure node %d: %w", i, err)
@@ -63,7 +67,7 @@ func (c *Cluster) configure(ctx context.Context, i int) error {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "cluster: tested\nnode: %d\ndata_dir: .\n", i)
-	fmt.Fprintf(&b, "postgres: {managed: true, bin_dir: %s, auth: trust, port: %d}\n", bin, c.base+postgresPorts+i)
+	fmt.Fprintf(&b, "postgres: {managed: true, bin_dir: %s, password_file: %s, port: %d}\n", bin, filepath.Join(c.root, "password"), c.base+postgresPorts+i)
 	in := c.CertDir()
 	fmt.Fprintf(&b, "tls: {ca: %s/ca.crt, cert: %s/node%d.crt, key: %s/node%d.key}\n", in, in, i, in, i)
 	addresses := func(i int) string {
