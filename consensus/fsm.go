@@ -116,8 +116,12 @@ func (f *feed) pushLocked(l *raft.Log) {
 		f.spilled = true
 		return
 	}
-	f.queue = append(f.queue, Entry{Index: txn.LogIndex(l.Index), Term: l.Term, Data: l.Data})
+	f.queue = append(f.queue, entryOf(l))
 	f.bytes += len(l.Data)
+}
+
+func entryOf(l *raft.Log) Entry {
+	return Entry{Index: txn.LogIndex(l.Index), Term: l.Term, Data: l.Data}
 }
 
 func (f *feed) signal() {
@@ -220,7 +224,7 @@ func (f *feed) next(batch []Entry) ([]Entry, error) {
 		}
 		taken++
 		if l.Type == raft.LogCommand {
-			batch = append(batch, Entry{Index: txn.LogIndex(l.Index), Term: l.Term, Data: l.Data})
+			batch = append(batch, entryOf(&l))
 			bytes += len(l.Data)
 		}
 	}
@@ -344,6 +348,11 @@ func (f *feed) Restore(from io.ReadCloser) error {
 
 // restore brings m to what a snapshot holds, and returns the last command that it covers.
 func restore(m Machine, from io.Reader) (index uint64, err error) {
+	return readSnapshot(from, m.Restore)
+}
+
+// readSnapshot gives body what a machine wrote into a snapshot, and returns the last command that it covers.
+func readSnapshot(from io.Reader, body func(io.Reader) error) (index uint64, err error) {
 	var header [snapshotHeader]byte
 	if _, err := io.ReadFull(from, header[:]); err != nil {
 		return 0, fmt.Errorf("read snapshot header: %w", err)
@@ -352,7 +361,7 @@ func restore(m Machine, from io.Reader) (index uint64, err error) {
 		return 0, fmt.Errorf("read snapshot header: %w: no magic", txn.ErrCorrupt)
 	}
 	index = binary.BigEndian.Uint64(header[8:])
-	if err := m.Restore(from); err != nil {
+	if err := body(from); err != nil {
 		return 0, fmt.Errorf("restore snapshot at %d: %w", index, err)
 	}
 	return index, nil

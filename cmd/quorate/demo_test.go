@@ -104,6 +104,11 @@ func TestDemo(t *testing.T) {
 		}
 	}
 
+	// The log is for reading when nobody writes it.
+	if code, _, stderr := do(t, "log", "--data-dir", filepath.Join(dir, "node1")); code != exitFailure || !strings.Contains(stderr, "stop the node first") {
+		t.Errorf("log of a node that runs: exit code %d, says %s", code, stderr)
+	}
+
 	// A second demo there is refused and does no harm.
 	if code, _, stderr := do(t, args...); code != exitFailure || !strings.Contains(stderr, "another process is running there") {
 		t.Errorf("second demo: exit code %d, says %s", code, stderr)
@@ -143,6 +148,10 @@ func TestDemo(t *testing.T) {
 		t.Errorf("node 2, started by hand, ended with %d:\n%s", code, again.output)
 	}
 	nothingRuns(t, dir, 3)
+
+	if code, _, stderr := do(t, "log", "--data-dir", filepath.Join(dir, "node1")); code != exitOK {
+		t.Errorf("log of a node that is stopped: exit code %d, says %s", code, stderr)
+	}
 
 	// Resumed under other conditions it is refused, by field and value.
 	for _, tc := range []struct{ args, want string }{

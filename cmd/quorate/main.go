@@ -71,8 +71,23 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(runCommand(), demoCommand(), statusCommand(), watchCommand(), nodesCommand(), heartbeatsCommand(),
-		transactionsCommand(), conflictsCommand(), eventsCommand(), verifyCommand(), certCommand(), httpTokenCommand(), tokenCommand(), versionCommand())
+	root.AddCommand(
+		runCommand(),
+		demoCommand(),
+		statusCommand(),
+		watchCommand(),
+		nodesCommand(),
+		heartbeatsCommand(),
+		transactionsCommand(),
+		conflictsCommand(),
+		eventsCommand(),
+		verifyCommand(),
+		certCommand(),
+		httpTokenCommand(),
+		tokenCommand(),
+		logCommand(),
+		versionCommand(),
+	)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return exitOK

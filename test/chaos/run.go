@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -57,6 +58,8 @@ const (
 	nodes = 3
 	// transactionTimeout is how long a client waits. It is longer than commit_timeout, after which the cluster must answer.
 	transactionTimeout = 20 * time.Second
+	// currentGID asks a transaction for its name, by which the nodes' logs know it too.
+	currentGID = "SELECT quorate.current_gid()"
 	// clientPause keeps clients from taking all of a small machine, whose delays would then be the only fault.
 	clientPause = 20 * time.Millisecond
 	// verifyPause is how long after each comparison of rows the next one begins.
@@ -100,12 +103,12 @@ func Run(ctx context.Context, o Options) (summary Summary, err error) {
 			err = errors.Join(err, r.network.Close())
 		}
 	}()
-	for _, step := range []func(context.Context) error{r.start, r.work, r.judge} {
+	for _, step := range []func(context.Context) error{r.start, r.work, r.judge, r.judgeLogs} {
 		if err := step(ctx); err != nil {
 			return r.summary, err
 		}
 	}
-	return r.summary, r.cluster.Stop()
+	return r.summary, nil
 }
 
 // tell writes a line to the log.
@@ -138,7 +141,7 @@ func (r *run) start(ctx context.Context) (err error) {
 	for i := 1; i <= nodes; i++ {
 		urls = append(urls, cluster.URL(r.cluster.Gateway(i)))
 	}
-	r.workload, err = workload.New(workload.Options{Nodes: urls, Seed: r.Seed, Timeout: transactionTimeout, Pause: clientPause})
+	r.workload, err = workload.New(workload.Options{Nodes: urls, Seed: r.Seed, Timeout: transactionTimeout, Pause: clientPause, Name: currentGID})
 	if err != nil {
 		return err
 	}
@@ -292,6 +295,32 @@ func (r *run) judge(ctx context.Context) error {
 		errs = append(errs, r.checkResources(ctx, i))
 	}
 	return errors.Join(errs...)
+}
+
+// judgeLogs stops the cluster and judges the history by what each node has in its log.
+func (r *run) judgeLogs(ctx context.Context) error {
+	if err := r.cluster.Stop(); err != nil {
+		return err
+	}
+	for i := 1; i <= nodes; i++ {
+		log, err := r.cluster.Log(ctx, i)
+		if err != nil {
+			return err
+		}
+		decisions, err := check.ReadDecisions(bytes.NewReader(log))
+		if err != nil {
+			return fmt.Errorf("node %d: %w", i, err)
+		}
+		report := check.JudgeLog(r.workload.History(), decisions)
+		if err := report.Err(); err != nil {
+			return fmt.Errorf("by the log of node %d: %w", i, err)
+		}
+		if report.Reads == 0 {
+			return fmt.Errorf("the log of node %d, %d transactions, has nothing to do with the history", i, len(decisions))
+		}
+		r.tell("the log of node %d, %d transactions, explains %d reads", i, len(decisions), report.Reads)
+	}
+	return nil
 }
 
 // resources are what a node must not take more of in the long run.

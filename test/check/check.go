@@ -33,6 +33,7 @@ type Report struct {
 	// Permitted are cycles that no serial order explains, and that the isolation levels of the transactions allow.
 	Permitted []Anomaly
 	Counts    map[Outcome]int
+	Reads     int            // how many JudgeLog has compared with the log
 	more      map[string]int // anomalies that are not told, by name
 }
 

@@ -44,6 +44,7 @@ type Op struct {
 	Process   int       `json:"process"`
 	Node      int       `json:"node"`
 	Kind      string    `json:"kind,omitempty"` // which workload it belongs to, for readers
+	Name      string    `json:"gid,omitempty"`  // what the database calls it, if that was asked for
 	Isolation Isolation `json:"isolation"`
 	Outcome   Outcome   `json:"outcome"`
 	Error     string    `json:"error,omitempty"` // what the client was told instead of success

@@ -27,6 +27,8 @@ type database struct {
 	history check.History
 	value   int64 // the last that was given out: no two writes write the same
 	process int
+
+	decisions []check.Decision // what the log says
 }
 
 type fault string
@@ -137,6 +139,7 @@ type session struct {
 	op       check.Op
 	left     int // actions to do
 	snapshot int
+	base     int
 	seen     map[string]int // when a key was locked by a write at read committed
 	writes   entry
 }
@@ -150,7 +153,7 @@ func (d *database) tick() time.Duration { d.now += time.Microsecond; return d.no
 
 func (s *session) begin(isolation check.Isolation, actions int) {
 	s.op = check.Op{Start: s.d.tick(), Process: s.op.Process, Node: s.op.Node, Isolation: isolation}
-	s.left, s.snapshot, s.writes, s.seen = actions, s.node.position, nil, map[string]int{}
+	s.left, s.base, s.snapshot, s.writes, s.seen = actions, s.node.position, s.node.position, nil, map[string]int{}
 }
 
 func (s *session) do(a check.Action) { s.op.Do = append(s.op.Do, a) }
@@ -323,6 +326,10 @@ func (s *session) end(final bool) {
 	if d.broken[noCertification] {
 		conflict = false
 	}
+	if len(s.writes) > 0 {
+		d.value++
+		s.op.Name = fmt.Sprint("T", d.value)
+	}
 	gaveUp := !final && d.random.IntN(20) == 0
 	lost := !final && d.random.IntN(20) == 0 // the connection, at commit
 	s.op.Outcome = check.OK
@@ -334,9 +341,12 @@ func (s *session) end(final bool) {
 	}
 	if commits := !conflict && !gaveUp || d.chance(failedCommits, 2); commits && len(s.writes) > 0 && !d.chance(lostEntry, 30) {
 		d.log = append(d.log, s.writes)
+		decision := check.Decision{Name: s.op.Name, Base: uint64(s.base), Seen: uint64(s.node.position), CSN: uint64(len(d.log))}
 		for _, c := range s.writes {
 			d.latest[c.key] = len(d.log)
+			decision.Keys = append(decision.Keys, "W:"+c.key)
 		}
+		d.decisions = append(d.decisions, decision)
 		for s.node.position < len(d.log) && s.op.Outcome == check.OK && !d.broken[earlyAnswer] {
 			d.step(s.node)
 		}
@@ -348,6 +358,10 @@ func (s *session) end(final bool) {
 
 // simulate runs sessions on all nodes until there are enough transactions, then reads everything.
 func simulate(random *rand.Rand, nodes, transactions int, faults ...fault) check.History {
+	return simulated(random, nodes, transactions, faults...).history
+}
+
+func simulated(random *rand.Rand, nodes, transactions int, faults ...fault) *database {
 	d := newDatabase(random, nodes, faults...)
 	setup := d.session(1)
 	setup.begin(check.RepeatableRead, 0)
@@ -356,6 +370,7 @@ func simulate(random *rand.Rand, nodes, transactions int, faults ...fault) check
 		setup.do(check.Action{Do: check.Open, Key: account, Value: 20})
 	}
 	d.log = append(d.log, setup.writes)
+	d.decisions = append(d.decisions, check.Decision{Name: "setup", CSN: 1})
 	for _, n := range d.nodes {
 		for _, c := range setup.writes {
 			n.change(c)
@@ -411,7 +426,7 @@ func simulate(random *rand.Rand, nodes, transactions int, faults ...fault) check
 		s.scan()
 		s.end(true)
 	}
-	return d.history
+	return d
 }
 
 // TestCorrectDatabasePasses: what keeps its promises is never accused.
@@ -425,9 +440,16 @@ func TestCorrectDatabasePasses(t *testing.T) {
 		if nodes == 1 {
 			freshness = check.Everywhere
 		}
-		report := check.Judge(simulate(rand.New(rand.NewPCG(seed, 0)), nodes, transactions), freshness)
+		d := simulated(rand.New(rand.NewPCG(seed, 0)), nodes, transactions)
+		report := check.Judge(d.history, freshness)
 		if err := report.Err(); err != nil {
 			t.Fatal(err)
+		}
+		// A log whose beginning was truncated shows less, and nothing that is not so.
+		for _, log := range [][]check.Decision{d.decisions, d.decisions[rapid.IntRange(0, len(d.decisions)-1).Draw(t, "truncated"):]} {
+			if err := check.JudgeLog(d.history, log).Err(); err != nil {
+				t.Fatal(err)
+			}
 		}
 		for _, a := range report.Permitted {
 			if strings.Contains(a.Name, "write skew") {
@@ -473,5 +495,60 @@ func TestFaultsAreCaught(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestLogCatchesFaults: with the log at hand, whatever promise the database breaks is seen too, but for an answer that
+// comes too early, which is a matter of what clients saw when.
+func TestLogCatchesFaults(t *testing.T) {
+	for f, names := range map[fault][]string{
+		noCertification: {"lost update", "not the state at its snapshot"},
+		dirtyRead:       {"not the state at its snapshot"},
+		failedCommits:   {"aborted, but committed"},
+		lostEntry:       {"lost commit"},
+		skippedEntry:    {"not the state at its snapshot"},
+		appliedTwice:    {"not the state at its snapshot"},
+		tornApply:       {"not the state at its snapshot"},
+		swappedEntries:  {"not the state at its snapshot"},
+		movingSnapshot:  {"not the state at its snapshot"},
+		ownWrites:       {"not the state at its snapshot"},
+	} {
+		t.Run(string(f), func(t *testing.T) {
+			for seed := range uint64(5) {
+				d := simulated(rand.New(rand.NewPCG(seed, 1)), 3, 1500, f)
+				report := check.JudgeLog(d.history, d.decisions)
+				for _, name := range names {
+					if !report.Has(name) {
+						t.Errorf("seed %d: no %q:\n%s", seed, name, report)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestLogByItself: what is wrong with a log needs no history.
+func TestLogByItself(t *testing.T) {
+	good := []check.Decision{{Name: "a", CSN: 1, Keys: []string{"W:x"}}, {Name: "b", Base: 1, Seen: 1, CSN: 2, Keys: []string{"W:x", "R:y"}}, {Name: "c"}}
+	for name, tc := range map[string]struct {
+		spoil func(log []check.Decision) []check.Decision
+		want  string
+	}{
+		"good": {func(log []check.Decision) []check.Decision { return log }, ""},
+		"aborted at first": {func(log []check.Decision) []check.Decision {
+			return append(log, check.Decision{Name: "c", Seen: 2, CSN: 3})
+		}, ""},
+		"gap":             {func(log []check.Decision) []check.Decision { log[1].CSN = 3; return log }, "order broken"},
+		"seen itself":     {func(log []check.Decision) []check.Decision { log[1].Seen = 2; return log }, "order broken"},
+		"base above seen": {func(log []check.Decision) []check.Decision { log[1].Base = 2; return log }, "order broken"},
+		"overlap":         {func(log []check.Decision) []check.Decision { log[1].Base, log[1].Seen = 0, 0; return log }, "lost update"},
+		"twice": {func(log []check.Decision) []check.Decision {
+			return append(log, check.Decision{Name: "a", Seen: 2, CSN: 3})
+		}, "committed twice"},
+	} {
+		report := check.JudgeLog(nil, tc.spoil(slices.Clone(good)))
+		if tc.want == "" && report.Err() != nil || tc.want != "" && !report.Has(tc.want) {
+			t.Errorf("%s: want %q, have\n%s", name, tc.want, report)
+		}
 	}
 }

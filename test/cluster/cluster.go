@@ -359,6 +359,10 @@ func (c *Cluster) Status(ctx context.Context, i int, args ...string) ([]byte, er
 // ask runs a command against node i. What it prints is returned even when it fails.
 func (c *Cluster) ask(ctx context.Context, command string, i int, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, c.options.Binary, append([]string{command, "--address", c.GRPC(i)}, args...)...)
+	if c.options.Network != nil {
+		cmd.Env = append(os.Environ(), "QUORATE_CA="+filepath.Join(c.CertDir(), "ca.crt"),
+			"QUORATE_CERT="+filepath.Join(c.CertDir(), "operator.crt"), "QUORATE_KEY="+filepath.Join(c.CertDir(), "operator.key"))
+	}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -391,6 +395,18 @@ func (c *Cluster) VerifyOnline(ctx context.Context, i int) (Verification, error)
 		err = errors.Join(err, json.Unmarshal(out, &v))
 	}
 	return v, err
+}
+
+// Log returns what "quorate log" prints of node i, which must be stopped.
+func (c *Cluster) Log(ctx context.Context, i int) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, c.options.Binary, "log", "--data-dir", c.NodeDir(i))
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("log of node %d: %w: %s", i, err, stderr.String())
+	}
+	return out, nil
 }
 
 // Logs returns the last lines of everything the processes have written: their output and the log files under the

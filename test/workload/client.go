@@ -41,7 +41,7 @@ type transaction struct {
 
 func (t *transaction) did(a check.Action) { t.op.Do = append(t.op.Do, a) }
 
-// plan is what a client does next. A single one is one statement without BEGIN and COMMIT.
+// plan is what a client does next. A single one is one statement without BEGIN and COMMIT, unless names are asked for.
 type plan struct {
 	isolation check.Isolation
 	single    bool
@@ -144,7 +144,7 @@ var errRolledBack = errors.New("COMMIT was answered by ROLLBACK")
 // attempt runs a transaction. It reports whether the statement that may have committed it was sent.
 func (c *client) attempt(ctx context.Context, p plan, t *transaction) (sent bool, err error) {
 	level := c.w.levels[p.isolation]
-	if p.single {
+	if p.single && c.w.options.Name == "" {
 		if c.level != level {
 			if _, err := c.conn.Exec(ctx, "SET default_transaction_isolation = '"+strings.ToLower(level)+"'"); err != nil {
 				return false, err
@@ -156,7 +156,11 @@ func (c *client) attempt(ctx context.Context, p plan, t *transaction) (sent bool
 	if _, err := c.conn.Exec(ctx, "BEGIN ISOLATION LEVEL "+level); err != nil {
 		return false, err
 	}
-	if err := p.run(ctx, t); err != nil {
+	err = p.run(ctx, t)
+	if query := c.w.options.Name; err == nil && query != "" {
+		err = c.conn.QueryRow(ctx, query).Scan(&t.op.Name)
+	}
+	if err != nil {
 		if !c.conn.IsClosed() {
 			_, rollback := c.conn.Exec(ctx, "ROLLBACK")
 			err = errors.Join(err, rollback)

@@ -38,6 +38,9 @@ type Options struct {
 	Clients int
 	// Roam lets a client that has lost its connection go on to the next node; else it comes back to its own.
 	Roam bool
+	// Name is a query for what the database calls the transaction that runs, to be asked for at its end and kept in the
+	// history; empty means not to ask. With it every transaction is a block.
+	Name string
 	// Pause is the longest that a client waits between two transactions; 0 means that it does not.
 	Pause time.Duration
 	// Timeout bounds each transaction, connecting included; 0 means 30 s. One that takes longer is broken off.
