@@ -223,8 +223,8 @@ func TestRunRefuses(t *testing.T) {
 	if code != exitFailure || !strings.Contains(stderr, `belongs to cluster "c": cluster is "d"`) {
 		t.Errorf("directory of another cluster: exit code %d, says\n%s", code, stderr)
 	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
-		t.Errorf("more was touched than quorate.yaml and identity: %v, %v", entries, err)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 3 {
+		t.Errorf("more was touched than quorate.yaml, identity and events: %v, %v", entries, err)
 	}
 }
 
