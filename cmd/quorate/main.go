@@ -73,6 +73,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	root.AddCommand(
 		runCommand(),
+		doctorCommand(),
 		demoCommand(),
 		statusCommand(),
 		watchCommand(),

@@ -17,9 +17,10 @@ import (
 
 // Postmaster is what postmaster.pid says of a running server.
 type Postmaster struct {
-	PID    int
-	Port   int
-	Status string // "starting", "stopping", "ready", "standby"; empty in the first moments
+	PID       int
+	Port      int
+	SocketDir string // the first one; empty: none
+	Status    string // "starting", "stopping", "ready", "standby"; empty in the first moments
 }
 
 // Running reads the postmaster.pid of a data directory. It returns false if there is none, or if it is stale: the
@@ -67,6 +68,8 @@ func parsePostmaster(text string) (Postmaster, error) {
 			pm.PID = int(max(number, -number))
 		case 4:
 			pm.Port = int(number)
+		case 5:
+			pm.SocketDir = s
 		case 8:
 			pm.Status = s
 		}
