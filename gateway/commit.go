@@ -83,10 +83,10 @@ var (
 )
 
 // appendHidden appends a statement that is needed too seldom to be kept prepared.
-func appendHidden(b []byte, sql string) []byte {
+func appendHidden(b []byte, sql string, params ...string) []byte {
 	const name = "quorate_once"
 	b = appendParse(appendClose(b, 'S', name), name, sql)
-	b = appendRun(b, name)
+	b = appendRun(b, name, params...)
 	return appendClose(b, 'P', name)
 }
 

@@ -244,9 +244,11 @@ func (s *session) onBind(m message) error {
 	if old := s.portals[string(portal)]; old == nil || len(portal) == 0 || !old.Control() {
 		s.portals[string(portal)] = st
 	}
-	if st.AsksStatus {
-		wants := asked{outcomes: slices.Clone(st.gids)}
-		bindValues(values, func(v []byte) { wants.outcomes = appendGIDs(wants.outcomes, v) })
+	if st.AsksStatus || st.Views != 0 {
+		wants := asked{outcomes: slices.Clone(st.gids), views: st.Views}
+		if st.AsksStatus {
+			bindValues(values, func(v []byte) { wants.outcomes = appendGIDs(wants.outcomes, v) })
+		}
 		if done, err := s.informInBatch(wants); done || err != nil {
 			return err
 		}

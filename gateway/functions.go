@@ -20,7 +20,7 @@ const (
 
 // The functions of schema quorate are the server's, so that types, formats and whatever SQL stands around a call are its
 // business. What they return is the gateway's: it sees their names in a statement's text and, before the statement,
-// puts the values into settings of the session, where the functions find them.
+// puts the values into settings of the session, where the functions find them. The views are made of such functions.
 
 const (
 	statusTimeout = 5 * time.Second // of a question about the outcome
@@ -31,6 +31,7 @@ const (
 type asked struct {
 	gid      bool      // of the transaction in progress
 	outcomes []txn.GID // of others
+	views    sqllex.Views
 }
 
 // asks returns what statements with this text want to know.
@@ -38,6 +39,7 @@ func asks(stmts []sqllex.Statement, sql []byte) (a asked) {
 	for i := range stmts {
 		st := &stmts[i]
 		a.gid = a.gid || st.AsksGID
+		a.views |= st.Views
 		if st.AsksStatus {
 			a.outcomes = appendGIDs(a.outcomes, sql[st.Start:st.End])
 		}
@@ -88,7 +90,10 @@ func bindValues(b []byte, f func([]byte)) {
 // a batch is outstanding.
 func (s *session) inform(a asked) error {
 	a.gid = a.gid && s.mode == modeBlock // outside, it would be gone with the statement that asks for it
-	if !a.gid && len(a.outcomes) == 0 {
+	if s.g.cfg.View == nil {
+		a.views = 0
+	}
+	if !a.gid && len(a.outcomes) == 0 && a.views == 0 {
 		return nil
 	}
 	if err := s.settle(); err != nil {
@@ -118,6 +123,22 @@ func (s *session) inform(a asked) error {
 		}
 		b = appendHidden(b, set+"quorate.outcomes = '"+strings.Join(all, ",")+"'")
 	}
+	for i, name := range sqllex.ViewNames {
+		if a.views&(1<<i) == 0 {
+			continue
+		}
+		full, public := s.g.cfg.View(name)
+		local := "false"
+		if status == 'T' {
+			local = "true"
+		}
+		// As parameters: other sessions of the role may see the text of a statement.
+		b = appendHidden(b, seenSQL, "quorate.seen_"+name, full, public, local)
+	}
 	s.push(reply{until: untilSync, hidden: true})
 	return s.send(appendSync(b))
 }
+
+// seenSQL gives a session the content of a view. What the users' rows hold is for those only who may see everybody's
+// statements in PostgreSQL, too.
+const seenSQL = `SELECT pg_catalog.set_config($1, CASE WHEN $2 OPERATOR(pg_catalog.=) $3 OR pg_catalog.pg_has_role('pg_monitor', 'USAGE') THEN $2 ELSE $3 END, $4::pg_catalog.bool)`

@@ -70,6 +70,12 @@ type Config struct {
 	// Access says what those that are connected may do. It is asked before every statement, so it must be cheap. nil lets
 	// them do everything.
 	Access func() Access
+	// View returns the rows of a view of schema quorate as a JSON array: in full, for members of pg_monitor, and as
+	// everybody may see them. It is called before each statement that names the view and must not block. nil: there are
+	// no views.
+	View func(name string) (full, public string)
+	// Settings are what sessions begin with, so that clients can SHOW them, by name.
+	Settings map[string]string
 	// Terminate ends a server backend that does not let go of its transaction (pg_terminate_backend on a connection of
 	// the node's own). The gateway closes its connection in any case, but a backend that is stuck in a computation
 	// notices that late. nil does no more than that.

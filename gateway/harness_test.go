@@ -228,6 +228,8 @@ func (f *fixture) config() Config {
 		Listen: "127.0.0.1:0", ServerNetwork: "tcp", ServerAddress: fmt.Sprintf("127.0.0.1:%d", cfg.Port),
 		Database: "postgres", Coordinator: f.coord, MaxConnections: 30, TrustLoopback: true, EvictTimeout: 2 * time.Second,
 		Access:     func() Access { return Access(f.access.Load()) },
+		View:       viewOf,
+		Settings:   map[string]string{"quorate.node": "7", "quorate.cluster": "a b"},
 		Registerer: prometheus.NewRegistry(), Logger: slog.New(slog.NewTextHandler(f.t.Output(), nil)),
 		Terminate: func(ctx context.Context, pid uint32) error {
 			conn, err := pgx.Connect(ctx, f.server.ConnString("postgres"))

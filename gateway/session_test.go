@@ -35,7 +35,7 @@ func TestSession(t *testing.T) {
 				{"Evict", testEvict}, {"EvictExtended", testEvictExtended}, {"EvictCopy", testEvictCopy}, {"EvictSlowReader", testEvictSlowReader},
 				{"Notify", testNotify}, {"Cursors", testCursors}, {"Temporary", testTemporary}, {"Deallocate", testDeallocate},
 				{"Pgx", testPgx}, {"Startup", testStartup}, {"ClientGone", testClientGone}, {"EndSessions", testEndSessions}, {"Malformed", testMalformed},
-				{"BackendGone", testBackendGone}, {"NoQuorum", testNoQuorum}, {"CutOff", testCutOff}, {"Functions", testFunctions}, {"Pgbench", testPgbench},
+				{"BackendGone", testBackendGone}, {"NoQuorum", testNoQuorum}, {"CutOff", testCutOff}, {"Functions", testFunctions}, {"Views", testViews}, {"Pgbench", testPgbench},
 			} {
 				t.Run(c.name, func(t *testing.T) {
 					f.wipe()

@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -281,7 +283,7 @@ func (g *Gateway) rewriteStartup(version uint32, body []byte, from net.Addr) (pa
 	if database != g.cfg.Database {
 		return nil, false, databaseError(database, g.cfg.Database)
 	}
-	options, wish, err := rewriteOptions(options, from)
+	options, wish, err := rewriteOptions(options, g.cfg.Settings, from)
 	if err != nil {
 		return nil, false, err
 	}
@@ -325,9 +327,13 @@ func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
 
 // rewriteOptions goes through the server options that a client gives ("-c name=value --name=value …", split at
 // blanks, backslash quotes), takes default_transaction_read_only out and sets it to on, and adds where the client is.
-func rewriteOptions(options string, from net.Addr) (out string, wishReadOnly bool, err error) {
+// settings come first, so that the client may give others.
+func rewriteOptions(options string, settings map[string]string, from net.Addr) (out string, wishReadOnly bool, err error) {
 	words := splitOptions(options)
 	var kept []string
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		kept = append(kept, "-c", name+"="+settings[name])
+	}
 	for i := 0; i < len(words); i++ {
 		word := words[i]
 		setting, whole := "", []string{word}

@@ -119,7 +119,7 @@ func FuzzStartup(f *testing.F) {
 		if err == nil && !bytes.Contains(packet, []byte("-c quorate.client_address=10.0.0.1:5 -c default_transaction_read_only=on\x00")) {
 			t.Fatalf("%q", packet)
 		}
-		out, _, err := rewriteOptions(options, from)
+		out, _, err := rewriteOptions(options, nil, from)
 		if err == nil {
 			words := splitOptions(out)
 			if words[len(words)-1] != "default_transaction_read_only=on" {

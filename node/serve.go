@@ -152,6 +152,8 @@ func (n *Node) openGateway(context.Context) error {
 		Coordinator:    coordinator{n},
 		Accepting:      n.admitting,
 		Access:         n.access,
+		View:           n.sqlView,
+		Settings:       n.sqlSettings(),
 		Terminate:      n.terminate,
 		TLS:            n.clientTLS(),
 		RequireTLS:     n.cfg.Gateway.TLS.Require,

@@ -158,6 +158,12 @@ func TestDetails(t *testing.T) {
 			t.Errorf("%s: asks %v, %v", sql, st.AsksGID, st.AsksStatus)
 		}
 	}
+	for sql, want := range map[string]Views{"SELECT * FROM quorate.nodes": 1, "TABLE Quorate . Heartbeats": 2, "SELECT 1 FROM quorate.status s, quorate.events": 4 | 32,
+		"SELECT quorate.nudge, nodes, x.quorate, y.nodes, 'quorate.nodes' -- quorate.nodes": 0, "SELECT (quorate).nodes FROM q": 0, "SELECT quorate.transactions.gid FROM quorate.conflicts": 8 | 16} {
+		if got := one(sql).Views; got != want {
+			t.Errorf("%s: views %b, want %b", sql, got, want)
+		}
+	}
 	if one("SELECT a FROM t WHERE b = 1").Fingerprint != one("select A  from T /* x */ where b=23").Fingerprint {
 		t.Error("fingerprints differ by constants, case or spacing")
 	}

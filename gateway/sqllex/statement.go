@@ -75,10 +75,27 @@ type Statement struct {
 	AsksReadOnly bool
 	// AsksGID and AsksStatus: mentions current_gid, transaction_status.
 	AsksGID, AsksStatus bool
+	// Views of schema quorate that are mentioned with the schema's name.
+	Views Views
 	// Wish of SetReadOnly.
 	Wish ReadOnlyWish
 	// NameStart and NameEnd, of DEALLOCATE name: the name as written.
 	NameStart, NameEnd int
+}
+
+// Views is a set of the views of schema quorate, whose content the gateway provides.
+type Views uint8
+
+// ViewNames are the names of the views; the bit 1<<i of Views stands for the i-th.
+var ViewNames = [...]string{"nodes", "heartbeats", "status", "transactions", "conflicts", "events"}
+
+func viewNamed(lower []byte) Views {
+	for i, name := range ViewNames {
+		if string(lower) == name {
+			return 1 << i
+		}
+	}
+	return 0
 }
 
 // Control reports whether the statement begins, ends or structures a transaction.
@@ -195,6 +212,9 @@ func (p *parser) statement() (st Statement, more bool) {
 			case wordStatus:
 				st.AsksStatus = true
 			}
+			if last.kind == tokOther && last.char == '.' && lastWord == wordQuorate {
+				st.Views |= viewNamed(text)
+			}
 			if lastWord != wordExecute && p.callFollows() { // EXECUTE name (…) calls nothing by that name
 				known, large := p.builtin(text, last)
 				callWrites = callWrites || !known
@@ -221,8 +241,8 @@ func (p *parser) statement() (st Statement, more bool) {
 			hash = (hash ^ '?') * fnvPrime
 		case tokOther:
 			hash = (hash ^ uint64(t.char)) * fnvPrime
-			if t.char == '(' {
-				word = lastWord // so that a name before the parenthesis is still known behind it
+			if t.char == '(' || t.char == '.' && lastWord == wordQuorate {
+				word = lastWord // so that a name before it is still known behind it
 			}
 		}
 		hash = (hash ^ ' ') * fnvPrime
@@ -256,6 +276,7 @@ const (
 	wordReadOnly
 	wordCurrentGID
 	wordStatus
+	wordQuorate
 	wordSetConfig
 	wordExecute
 )
@@ -281,6 +302,8 @@ func classifyWord(lower []byte) wordClass {
 		return wordCurrentGID
 	case "transaction_status":
 		return wordStatus
+	case "quorate":
+		return wordQuorate
 	case "execute":
 		return wordExecute
 	case "set_config":

@@ -416,6 +416,56 @@ BEGIN
     RETURN status;
 END $$;
 
+-- seen returns the rows of one of the views below. They are the sidecar's: the gateway, which sees the view's name in a
+-- statement's text, puts them into a setting of the session before the statement. So they are as of now, no table is
+-- written for them, and nobody pays for them but who looks.
+CREATE OR REPLACE FUNCTION quorate.seen(what text) RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    rows text := current_setting('quorate.seen_' || what, true);
+BEGIN
+    IF coalesce(rows, '') = '' THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = format('quorate.%s cannot be read here', what),
+            HINT = 'Read it through the gateway, by its name with the schema, in the text of a statement and not in a function or view.';
+    END IF;
+    RETURN rows;
+END $$;
+
+CREATE OR REPLACE VIEW quorate.nodes AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('nodes')) AS r (
+    node integer, state text, role text, accepts_writes boolean, reason text, heard boolean, report_age_seconds float8, lag bigint,
+    applied_csn bigint, queue_transactions bigint, commits_per_second float8, aborts_per_second float8, sessions integer,
+    postgres_up boolean, postgres_version text, connections integer, max_connections integer, oldest_transaction_seconds float8,
+    wal_kept_bytes bigint, version text, uptime_seconds float8, disk_free_bytes bigint, disk_total_bytes bigint,
+    gateway text, grpc text, http text, refreshed_at timestamptz);
+
+CREATE OR REPLACE VIEW quorate.heartbeats AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('heartbeats')) AS r (
+    hearer integer, heard integer, age_seconds float8, round_trip_seconds float8, loss float8, jitter_seconds float8, refreshed_at timestamptz);
+
+CREATE OR REPLACE VIEW quorate.status AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('status')) AS r (
+    cluster text, node integer, state text, accepts_writes boolean, quorum boolean, leader integer, term bigint, csn bigint, applied_csn bigint,
+    lag bigint, voters integer, voters_heard integer, refreshed_at timestamptz);
+
+CREATE OR REPLACE VIEW quorate.transactions AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('transactions')) AS r (
+    gid text, node integer, stage text, age_seconds float8, csn bigint, pid integer, refreshed_at timestamptz);
+
+CREATE OR REPLACE VIEW quorate.conflicts AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('conflicts')) AS r (
+    at timestamptz, kind text, gid text, node integer, winner_csn bigint, winner_gid text, winner_node integer, "table" text, key text, mode text,
+    refreshed_at timestamptz);
+
+CREATE OR REPLACE VIEW quorate.events AS
+SELECT * FROM jsonb_to_recordset(quorate.seen('events')) AS r (
+    at timestamptz, node integer, number bigint, severity text, kind text, about integer, text text, fields jsonb, refreshed_at timestamptz);
+
+GRANT SELECT ON quorate.nodes, quorate.heartbeats, quorate.status, quorate.transactions, quorate.conflicts, quorate.events TO PUBLIC;
+
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_start') THEN

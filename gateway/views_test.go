@@ -1,0 +1,81 @@
+package gateway
+
+import (
+	"context"
+	"os"
+	"regexp"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// viewOf is the content of quorate.conflicts in these tests, as Config.View returns it. Texts are such that they would do
+// harm if they were taken for SQL.
+func viewOf(name string) (full, public string) {
+	if name != "conflicts" {
+		return "[]", "[]"
+	}
+	return `[{"node": 1, "table": "o'\\x\"", "key": "secret"}]`, `[{"node": 1, "table": "o'\\x\""}]`
+}
+
+func testViews(t *testing.T, f *fixture) {
+	schema, err := os.ReadFile("../replication/pg/schema.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{
+		`(?s)CREATE OR REPLACE FUNCTION quorate\.seen\(.*?\nEND \$\$;`, `(?s)CREATE OR REPLACE VIEW quorate\.nodes.*?;\n`,
+		`(?s)CREATE OR REPLACE VIEW quorate\.conflicts.*?;\n`,
+	} {
+		text := regexp.MustCompile(pattern).Find(schema)
+		if text == nil {
+			t.Fatalf("schema.sql has nothing like %s", pattern)
+		}
+		f.direct("SET session_replication_role = replica; " + string(text) + "; RESET session_replication_role")
+	}
+	f.direct(`GRANT SELECT ON quorate.nodes, quorate.conflicts TO PUBLIC`)
+	f.direct(`DROP ROLE IF EXISTS viewer; DROP ROLE IF EXISTS monitor; CREATE ROLE viewer LOGIN; CREATE ROLE monitor LOGIN IN ROLE pg_monitor`)
+
+	const all, redacted = `(1|o'\x"|secret)`, `(1|o'\x"|)`
+	for user, row := range map[string]string{"postgres": all, "monitor": all, "viewer": redacted} {
+		const columns = `concat_ws('|', node, "table", coalesce(key, ''))`
+		c, err := pgx.Connect(timeout(t), f.url(user))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pg := c.PgConn()
+		expect(t, pg, "SELECT "+columns+" FROM quorate.conflicts", row+" SELECT 1 I")
+		expect(t, pg, "SELECT count(*) FROM quorate.nodes", "(0) SELECT 1 I")
+		expect(t, pg, "BEGIN READ ONLY", "BEGIN T")
+		expect(t, pg, "SELECT "+columns+" FROM quorate.conflicts", row+" SELECT 1 T")
+		expect(t, pg, "COMMIT", "COMMIT I")
+		expect(t, pg, "SET standard_conforming_strings = off; SELECT "+columns+" FROM Quorate . Conflicts", "SET "+row+" SELECT 1 I")
+		expect(t, pg, "SELECT current_setting('quorate.seen_conflicts') LIKE '%secret%'", map[bool]string{true: "(t) SELECT 1 I", false: "(f) SELECT 1 I"}[row == all])
+		for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec} {
+			for range 2 {
+				var got string
+				if err := c.QueryRow(timeout(t), "SELECT "+columns+" FROM quorate.conflicts WHERE node = $1", mode, 1).Scan(&got); err != nil || "("+got+")" != row {
+					t.Errorf("%s, %v: %q, %v", user, mode, got, err)
+				}
+			}
+		}
+		_ = c.Close(context.Background())
+	}
+
+	// Where the gateway cannot know, that is said; what was read before is not taken for the present.
+	c := f.connect(t)
+	expect(t, c, "SET search_path = quorate", "SET I")
+	expect(t, c, "SELECT * FROM nodes", "!0A000 I")
+	expect(t, c, "BEGIN; SELECT count(*) FROM quorate.nodes", "BEGIN (0) SELECT 1 T")
+	expect(t, c, "COMMIT", "COMMIT I")
+	expect(t, c, "SELECT * FROM nodes", "!0A000 I")
+
+	// Reading is not writing: nothing waits for an order.
+	expect(t, c, "SHOW quorate.node", "(7) SHOW I")
+	expect(t, c, "SHOW quorate.cluster", "(a b) SHOW I")
+	other := f.wire(t, map[string]string{"options": "-c quorate.node=8"})
+	other.send(query("SHOW quorate.node"))
+	if got := other.until(1); got != "T (8) SHOW I" {
+		t.Error(got)
+	}
+}
