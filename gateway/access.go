@@ -12,6 +12,8 @@ const (
 	// NoAccess: nor may anything be read. Who connects is turned away by Config.Accepting; a session ends at its next
 	// statement, but COMMIT and ROLLBACK are still answered.
 	NoAccess
+	// Behind: the same, because the node lags so far behind the others that they do not wait for it any more.
+	Behind
 )
 
 func (g *Gateway) access() Access {
@@ -34,11 +36,17 @@ func (s *session) beginsReadOnly() bool {
 // which connection pools give up a connection and drivers try another host: nothing else would get them away from
 // this node.
 func (s *session) serve() error {
-	if s.g.access() != NoAccess {
+	var why *sqlError
+	switch s.g.access() {
+	case NoAccess:
+		why = errCutOff
+	case Behind:
+		why = errBehind
+	default:
 		return nil
 	}
-	s.g.metrics.refused.WithLabelValues(errCutOff.code).Inc()
-	return s.finish(errCutOff)
+	s.g.metrics.refused.WithLabelValues(why.code).Inc()
+	return s.finish(why)
 }
 
 // reportLocked tells the client whether its transactions are read only, if that is not what it was last told: drivers

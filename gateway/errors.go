@@ -75,6 +75,10 @@ var (
 		message: "terminating connection: no quorum",
 		detail:  "This node cannot reach a majority of the cluster, and what can be read here may be too old by now.",
 		hint:    "Connect to another node."}
+	errBehind = &sqlError{severity: "FATAL", code: codeCannotConnect,
+		message: "terminating connection: this node is behind the others",
+		detail:  "Its PostgreSQL cannot keep up with what the cluster commits, and the other nodes do not wait for it any more.",
+		hint:    "Connect to another node."}
 	errShutdown = &sqlError{severity: "FATAL", code: codeShutdown,
 		message: "terminating connection: the gateway is shutting down"}
 	errServerLost = &sqlError{severity: "FATAL", code: codeConnectionFailed,

@@ -98,6 +98,7 @@ type Monitor struct {
 	resumed  time.Time // since when this process has been running without a break
 	peers    map[txn.NodeID]*peer
 	reports  map[txn.NodeID]*known // of others
+	news     chan struct{}         // closed with the next report; nil: nobody waits
 }
 
 // peer is what this node measures of another member.
@@ -406,6 +407,33 @@ func (m *Monitor) learnLocked(id txn.NodeID, r *pb.Report, now time.Time) {
 		}
 	}
 	m.reports[id] = &known{r, made}
+	if m.news != nil {
+		close(m.news)
+		m.news = nil
+	}
+}
+
+// News returns a channel that is closed when the next report of another member has come.
+func (m *Monitor) News() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.news == nil {
+		m.news = make(chan struct{})
+	}
+	return m.news
+}
+
+// EachHeard calls f, which must be quick, with the newest that each other member has said of itself, if one of its own
+// heartbeats has come within the timeout.
+func (m *Monitor) EachHeard(f func(id txn.NodeID, h *pb.Health)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	for id, p := range m.peers {
+		if k := m.reports[id]; k != nil && k.Health != nil && !p.last.IsZero() && now.Sub(p.last) <= m.cfg.Timeout {
+			f(id, k.Health)
+		}
+	}
 }
 
 // Reports returns the newest report of each member that is known, this node's own, made now with this health,

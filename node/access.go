@@ -12,6 +12,9 @@ import (
 // access says what clients may do, by how long ago this node last heard from a majority. It is asked before every
 // statement.
 func (n *Node) access() gateway.Access {
+	if n.retired.Load() {
+		return gateway.Behind
+	}
 	c := n.consensus.Load()
 	return access(time.Since(c.QuorumContact()), c.QuorumTimeout(), n.cfg.MaxStaleness, n.cfg.ReadsWithoutQuorum)
 }

@@ -51,9 +51,6 @@ type incarnation struct {
 	told      context.CancelFunc
 }
 
-// maxLag is how many transactions this node may be behind the log before it stops taking new ones into the log: its
-// own clients then wait for its PostgreSQL, instead of queues growing.
-const maxLag = 2048
 
 // applyRetry is how long what must be applied next may fail for lack of resources before the node gives up and fences
 // itself: until then its clients see no more than a node that lags.

@@ -58,7 +58,12 @@ func (n *Node) accompany(ctx context.Context, i *incarnation) error {
 		n.states.set(stateActive, "")
 		n.log.Info("the node accepts writes", logkey.CSN, i.pipeline.Applied(), logkey.Duration, time.Since(began))
 		n.forgetSetAside()
-		<-i.ctx.Done()
+		for i.ctx.Err() == nil {
+			n.states.set(stateActive, "")
+			if i.keepUp(i.ctx); i.ctx.Err() == nil {
+				i.retire(i.ctx)
+			}
+		}
 	} else if i.ctx.Err() == nil {
 		i.fail(fmt.Errorf("catch up: %w", err))
 	}

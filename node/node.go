@@ -61,6 +61,7 @@ type Node struct {
 	strays     prometheus.Counter
 	recoveries prometheus.Counter
 
+	retired  atomic.Bool // see flow.go
 	pruning  atomic.Bool // a Horizon entry of ours is under way
 	ctx      context.Context
 	cancel   context.CancelCauseFunc

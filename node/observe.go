@@ -75,7 +75,7 @@ func (n *Node) openObservation(context.Context) error {
 		n.seen.decided.WithLabelValues(r.String())
 	}
 	n.seen.throttled = prometheus.NewHistogram(prometheus.HistogramOpts{
-		Name: "quorate_node_flow_control_seconds", Help: "How long batches of this node's transactions waited because its PostgreSQL lags behind the log.",
+		Name: "quorate_node_flow_control_seconds", Help: "How long batches of this node's transactions were held up because PostgreSQL, here or on another active node, lags behind the log.",
 		Buckets: prometheus.ExponentialBuckets(0.001, 4, 8),
 	})
 	n.metrics.MustRegister(n.seen.decided, n.seen.throttled, healthCollector{n})
@@ -325,14 +325,20 @@ func (o *observation) lookAtMembers() {
 	o.members = now
 }
 
-// slowFlow is how long a proposal may wait for this node's PostgreSQL before that is worth an event.
-const slowFlow = time.Second
+// A proposal that has waited for less than quickFlow was only asked whether it must; from slowFlow on it is worth an event.
+const (
+	quickFlow = 500 * time.Microsecond
+	slowFlow  = time.Second
+)
 
-// noteFlowControl notes that a proposal has waited for apply.
+// noteFlowControl notes how long a proposal was held up for a PostgreSQL that lags behind the log, this node's or another's.
 func (n *Node) noteFlowControl(waited time.Duration) {
+	if waited < quickFlow {
+		return
+	}
 	n.seen.throttled.Observe(waited.Seconds())
 	if waited >= slowFlow {
-		n.event(events.Warning, eventFlowControl, n.cfg.Node, "writes of this node wait for its PostgreSQL, which lags behind the log",
+		n.event(events.Warning, eventFlowControl, n.cfg.Node, "writes of this node wait for a PostgreSQL that lags behind the log",
 			"seconds", strconv.FormatFloat(waited.Seconds(), 'f', 1, 64))
 	}
 }

@@ -184,14 +184,17 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 type order struct{ *incarnation }
 
 func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
+	began := time.Now()
 	if last := o.machine.LastCSN(); last > maxLag && o.pipeline.Applied() < last-maxLag {
-		began := time.Now()
 		// What an incarnation that has ended still proposes is not for this node's PostgreSQL to wait for.
 		if err := o.pipeline.WaitFor(ctx, last-maxLag); err != nil && o.ctx.Err() == nil {
 			return 0, fmt.Errorf("wait for apply to catch up: %w: %w", txn.ErrNoQuorum, err)
 		}
-		o.n.noteFlowControl(time.Since(began))
 	}
+	if err := o.awaitOthers(ctx); err != nil {
+		return 0, err
+	}
+	o.n.noteFlowControl(time.Since(began))
 	return o.n.consensus.Load().Propose(ctx, data)
 }
 

@@ -149,6 +149,13 @@ type Limits struct {
 	// Defaults 4096 and 64MiB; at least 1 and 1MiB.
 	ApplyTransactions int  `yaml:"apply_transactions,omitempty"`
 	ApplyMemory       Size `yaml:"apply_memory,omitempty"`
+	// Lag is how many transactions an active member may be behind before commits on this node are slowed, by up to a quarter
+	// of a second each; at twice as many they wait. Default 8192, at least 16.
+	Lag int `yaml:"lag,omitempty"`
+	// LagPatience is how long this node may be behind as far as that, while a majority keeps up, until it gives up being
+	// active so that the others need not wait for it. It is active again when it has caught up. Default 5s, at least 1s.
+	// From commit_timeout on, and commits elsewhere fail before.
+	LagPatience time.Duration `yaml:"lag_patience,omitempty"`
 }
 
 // Log configures the log written to standard error.

@@ -135,6 +135,8 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\nmax_staleness: 500ms", `max_staleness: "500ms": must be from 1s to 24h`},
 		{"node: 1", "node: 1\nlimits: {message: 1GB}", `line 4: limits.message: "1GB" is not a size`},
 		{"node: 1", "node: 1\nlimits: {message: 1KiB}", `limits.message: "1KiB": must be from 64KiB to 1GiB`},
+		{"node: 1", "node: 1\nlimits: {lag: 5}", `limits.lag: "5": must be from 16 to`},
+		{"node: 1", "node: 1\nlimits: {lag_patience: 5ms}", `limits.lag_patience: "5ms": must be from 1s to 1h`},
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},
 		{"node: 1", "node: 1\nmembers: {}", "already defined"},
 		{"node: 1", "node: [", "line"},

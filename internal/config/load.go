@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -125,6 +126,8 @@ func (c *Config) complete(dir string) {
 	orDefault(&c.Limits.CaptureMemory, 64<<20)
 	orDefault(&c.Limits.ApplyTransactions, 4096)
 	orDefault(&c.Limits.ApplyMemory, 64<<20)
+	orDefault(&c.Limits.Lag, 8192)
+	orDefault(&c.Limits.LagPatience, 5*time.Second)
 	orDefault(&c.CommitTimeout, defaultCommitTimeout)
 	text(&c.ReadsWithoutQuorum, ReadsAllowed)
 	orDefault(&c.MaxStaleness, defaultMaxStaleness)

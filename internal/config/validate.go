@@ -154,6 +154,10 @@ func (c Config) Validate() error {
 	v.size("limits.capture_memory", c.Limits.CaptureMemory, 1<<20, 1<<40)
 	v.within("limits.apply_transactions", int64(c.Limits.ApplyTransactions), 1, 1<<20)
 	v.size("limits.apply_memory", c.Limits.ApplyMemory, 1<<20, 1<<40)
+	v.within("limits.lag", int64(c.Limits.Lag), 16, 1<<30)
+	if c.Limits.LagPatience < time.Second || c.Limits.LagPatience > time.Hour {
+		v.add("limits.lag_patience", c.Limits.LagPatience.String(), "must be from 1s to 1h")
+	}
 	if c.CommitTimeout < 100*time.Millisecond || c.CommitTimeout > time.Hour {
 		v.add("commit_timeout", c.CommitTimeout.String(), "must be from 100ms to 1h")
 	}
