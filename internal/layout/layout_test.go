@@ -64,12 +64,13 @@ var arrows = map[string][]string{
 	"internal/invariant":       {},
 	"internal/logkey":          {},
 	"internal/layout":          {},
+	"internal/browser":         {}, // a real Chromium, for tests
 
 	// Histories are judged by what shares no code, and so no error, with what made them.
 	"test/check":   {},
 	"test/check/*": {"test/check"},
 
-	"test/*": {"test/*", "internal/pgserver", "internal/pgserver/pgtest"}, // a cluster is tested from outside
+	"test/*": {"test/*", "internal/pgserver", "internal/pgserver/pgtest", "internal/browser"}, // a cluster is tested from outside
 }
 
 // leaves may be used everywhere: they import nothing and start nothing. internal/config and internal/pgserver are not

@@ -1,0 +1,327 @@
+// Package dashboard serves the page on which operators see their cluster and act on it: one HTML, one style sheet and
+// one script, embedded; what they show is pushed over one stream of server-sent events. Nothing is loaded from
+// elsewhere.
+//
+// There is no cookie. A request says who it is with "Authorization: Bearer TOKEN", which no other site can make a browser
+// send; where no token is configured, requests must be addressed to this machine by its own name.
+package dashboard
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/txn"
+)
+
+// Source is the node, as far as the page needs it, safe for concurrent use. Neither View nor Counters may wait for
+// anything: they are for times when nothing works.
+type Source interface {
+	// View is asked a few times a second while somebody looks.
+	View() View
+	// Counters is asked once a second, always.
+	Counters() Counters
+	// Act does what an operator asks for and returns, when it is done, what to tell. Errors are gRPC statuses, whose
+	// messages are shown.
+	Act(ctx context.Context, a Action) (string, error)
+}
+
+// Action is something to be done to a node.
+type Action struct {
+	Name string // one of the constants below
+	Node txn.NodeID
+}
+
+// The actions.
+const (
+	Drain    = "drain"
+	Resume   = "resume"
+	Transfer = "transfer" // leadership, to the node
+	Remove   = "remove"
+	Resync   = "resync"
+)
+
+// destructive tells of every action whether its node's name must be typed.
+var destructive = map[string]bool{Drain: false, Resume: false, Transfer: false, Remove: true, Resync: true}
+
+// Role is what somebody may do.
+type Role int
+
+// The roles; each may do what the ones before may.
+const (
+	Nobody Role = iota
+	Reader
+	Operator
+)
+
+// Config of a Dashboard.
+type Config struct {
+	Source Source // required
+	// Role tells who makes a request, by its Authorization header. Nil means that no token is configured: everybody who
+	// reaches the page may act, provided the request is addressed to a loopback address or localhost.
+	Role   func(*http.Request) Role
+	Logger *slog.Logger // required
+	// Interval is how often what is shown is looked at, 0 for 250 ms.
+	Interval time.Duration
+}
+
+const (
+	// sampling is how far the points of the charts lie apart, remembered how many are kept: ten minutes.
+	sampling   = time.Second
+	remembered = 600
+	// listed is how many conflicts, and how many events, a page gets at once and keeps.
+	listed = 200
+	// waiting is how many transactions are shown.
+	waiting = 100
+	// maxStreams bounds how many pages are served at once.
+	maxStreams = 64
+)
+
+// Dashboard is an http.Handler for "/" and everything below "/dashboard/". It is safe for concurrent use.
+type Dashboard struct {
+	cfg   Config
+	mux   http.Handler
+	files map[string]file
+	wake  chan struct{} // somebody has begun to look
+
+	mu      sync.Mutex    // guards the rest
+	news    chan struct{} // closed, and replaced, when there is something new
+	streams int
+	history []sample // the newest last
+	taken   uint64   // how many samples there have been
+	stages  []string // of a commit
+	now     *frame   // nil while nobody looks
+}
+
+// frame is what is shown now, by parts, encoded once for all who look.
+type frame struct {
+	sequence  uint64 // rises with each
+	at        int64  // Unix milliseconds
+	parts     [numParts]part
+	conflicts []Conflict
+	events    []Event
+}
+
+// part is one part of the page, and the frame in which it last changed.
+type part struct {
+	text    json.RawMessage
+	changed uint64
+}
+
+const (
+	partVerdict = iota
+	partCluster
+	partNodes
+	partLinks
+	partTransactions
+	numParts
+)
+
+var partNames = [numParts]string{"verdict", "cluster", "nodes", "links", "transactions"}
+
+// New returns a Dashboard, which shows nothing until it runs.
+func New(c Config) (*Dashboard, error) {
+	if c.Interval == 0 {
+		c.Interval = 250 * time.Millisecond
+	}
+	files, err := loadFiles()
+	if err != nil {
+		return nil, err
+	}
+	d := &Dashboard{cfg: c, files: files, wake: make(chan struct{}, 1), news: make(chan struct{})}
+	d.mux = d.routes()
+	return d, nil
+}
+
+// Run keeps what is shown up to date, until ctx ends.
+func (d *Dashboard) Run(ctx context.Context) error {
+	ticks := time.NewTicker(d.cfg.Interval)
+	defer ticks.Stop()
+	before, read := d.cfg.Source.Counters(), time.Now()
+	var sequence uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticks.C:
+		case <-d.wake:
+		}
+		// Half an interval early is on time, or every fourth tick would wait for the fifth.
+		if apart := time.Since(read); apart >= sampling-d.cfg.Interval/2 {
+			now := d.cfg.Source.Counters()
+			d.remember(&before, &now, apart)
+			before, read = now, time.Now()
+		}
+		if !d.watched() {
+			continue
+		}
+		sequence++
+		view := d.cfg.Source.View()
+		if err := d.show(sequence, &view); err != nil {
+			d.cfg.Logger.Error("the dashboard cannot be shown", logkey.Error, err)
+		}
+	}
+}
+
+// remember adds a point to the charts, from two readings that lie that far apart.
+func (d *Dashboard) remember(before, now *Counters, apart time.Duration) {
+	s := between(before, now, time.Now(), apart)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stages = make([]string, len(now.Stages))
+	for i, stage := range now.Stages {
+		d.stages[i] = stage.Name
+	}
+	d.taken++
+	if len(d.history) == remembered {
+		copy(d.history, d.history[1:])
+		d.history = d.history[:remembered-1]
+	}
+	d.history = append(d.history, s)
+}
+
+func (d *Dashboard) watched() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.streams > 0
+}
+
+// show makes a view the newest frame. Parts that are as before keep the sequence at which they changed, so that nobody
+// is sent them again.
+func (d *Dashboard) show(sequence uint64, v *View) error {
+	for i := range v.Nodes {
+		if v.Nodes[i].Actions == nil {
+			v.Nodes[i].Actions = []string{}
+		}
+	}
+	v.Transactions = v.Transactions[:min(len(v.Transactions), waiting)]
+	f := &frame{sequence: sequence, at: time.Now().UnixMilli(), conflicts: newest(v.Conflicts), events: newest(v.Events)}
+	for i, value := range [numParts]any{assess(v), v.Cluster, list(v.Nodes), list(v.Links), list(v.Transactions)} {
+		text, err := json.Marshal(value)
+		if err != nil {
+			return fmt.Errorf("encode %s: %w", partNames[i], err)
+		}
+		f.parts[i] = part{text: text, changed: sequence}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.streams == 0 {
+		return nil // the last has gone meanwhile: whoever comes next gets what is true then
+	}
+	if d.now != nil {
+		for i, old := range d.now.parts {
+			if string(old.text) == string(f.parts[i].text) {
+				f.parts[i] = old
+			}
+		}
+	}
+	d.now = f
+	close(d.news)
+	d.news = make(chan struct{})
+	return nil
+}
+
+// list makes an empty list of none, for readers in JavaScript.
+func list[T any](of []T) []T {
+	if of == nil {
+		return []T{}
+	}
+	return of
+}
+
+// newest returns the last of a list, as many as are listed.
+func newest[T any](of []T) []T { return of[max(0, len(of)-listed):] }
+
+// cursor is what one page has been sent. The page that has seen nothing has the zero value.
+type cursor struct {
+	sequence  uint64
+	samples   uint64
+	conflicts uint64
+	events    uint64
+}
+
+// update is what a page is sent.
+type update struct {
+	First        bool            `json:"first,omitempty"` // what was shown before is void
+	At           int64           `json:"at"`
+	Build        string          `json:"build,omitempty"`  // of the page; another one means: load it again
+	Stages       []string        `json:"stages,omitempty"` // of a commit, in their order
+	Verdict      json.RawMessage `json:"verdict,omitempty"`
+	Cluster      json.RawMessage `json:"cluster,omitempty"`
+	Nodes        json.RawMessage `json:"nodes,omitempty"`
+	Links        json.RawMessage `json:"links,omitempty"`
+	Transactions json.RawMessage `json:"transactions,omitempty"`
+	Samples      []sample        `json:"samples,omitempty"`   // to be appended
+	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be appended
+	Events       []Event         `json:"events,omitempty"`    // to be appended
+}
+
+// since returns what has changed since c and moves c, or nil and what to wait for. However slow a page is, nothing
+// piles up for it: it is sent the newest of everything when it can take it.
+func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	f := d.now
+	if f == nil || f.sequence == c.sequence {
+		return nil, d.news
+	}
+	u := &update{First: c.sequence == 0, At: f.at}
+	if u.First {
+		u.Build, u.Stages = d.build(), d.stages
+	}
+	for i, to := range [numParts]*json.RawMessage{&u.Verdict, &u.Cluster, &u.Nodes, &u.Links, &u.Transactions} {
+		if f.parts[i].changed > c.sequence {
+			*to = f.parts[i].text
+		}
+	}
+	missing := min(d.taken-c.samples, uint64(len(d.history)))
+	// Copied, because the history is moved in place.
+	u.Samples = append(u.Samples, d.history[uint64(len(d.history))-missing:]...)
+	u.Conflicts = after(f.conflicts, c.conflicts, func(c Conflict) uint64 { return c.Sequence })
+	u.Events = after(f.events, c.events, func(e Event) uint64 { return e.Sequence })
+	c.sequence, c.samples = f.sequence, d.taken
+	if n := len(f.conflicts); n > 0 {
+		c.conflicts = f.conflicts[n-1].Sequence
+	}
+	if n := len(f.events); n > 0 {
+		c.events = f.events[n-1].Sequence
+	}
+	return u, d.news
+}
+
+// after returns the end of a list whose sequence numbers are above last.
+func after[T any](all []T, last uint64, sequence func(T) uint64) []T {
+	i := len(all)
+	for i > 0 && sequence(all[i-1]) > last {
+		i--
+	}
+	return all[i:]
+}
+
+// attach counts a page; it reports false when there are too many.
+func (d *Dashboard) attach() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.streams == maxStreams {
+		return false
+	}
+	d.streams++
+	select {
+	case d.wake <- struct{}{}:
+	default: // it is about to look anyway
+	}
+	return true
+}
+
+func (d *Dashboard) detach() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.streams--; d.streams == 0 {
+		d.now = nil
+	}
+}
