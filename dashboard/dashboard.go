@@ -2,8 +2,8 @@
 // one script, embedded; what they show is pushed over one stream of server-sent events. Nothing is loaded from
 // elsewhere.
 //
-// There is no cookie. A request says who it is with "Authorization: Bearer TOKEN", which no other site can make a browser
-// send; where no token is configured, requests must be addressed to this machine by its own name.
+// Who somebody is, and that a request comes from the page and not by way of another site's, is for whoever serves this
+// package to find out; it decides what one may do.
 package dashboard
 
 import (
@@ -62,10 +62,12 @@ const (
 // Config of a Dashboard.
 type Config struct {
 	Source Source // required
-	// Role tells who makes a request, by its Authorization header. Nil means that no token is configured: everybody who
-	// reaches the page may act, provided the request is addressed to a loopback address or localhost.
-	Role   func(*http.Request) Role
-	Logger *slog.Logger // required
+	// Role tells what somebody who makes a request may do. It is asked again and again while a page is open. Required.
+	Role func(*http.Request) Role
+	// Login takes a form with the field "token" and answers 204 if from now on Role knows the browser, 401 otherwise.
+	// Logout ends that. Nil means that there are no tokens, and it makes no sense to ask for one.
+	Login, Logout http.HandlerFunc
+	Logger        *slog.Logger // required
 	// Interval is how often what is shown is looked at, 0 for 250 ms.
 	Interval time.Duration
 }
@@ -88,6 +90,8 @@ type Dashboard struct {
 	mux   http.Handler
 	files map[string]file
 	wake  chan struct{} // somebody has begun to look
+	// patience is how long a page may take nothing before its stream ends; it comes again.
+	patience time.Duration
 
 	mu      sync.Mutex    // guards the rest
 	news    chan struct{} // closed, and replaced, when there is something new
@@ -133,7 +137,7 @@ func New(c Config) (*Dashboard, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Dashboard{cfg: c, files: files, wake: make(chan struct{}, 1), news: make(chan struct{})}
+	d := &Dashboard{cfg: c, files: files, wake: make(chan struct{}, 1), patience: 10 * time.Second, news: make(chan struct{})}
 	d.mux = d.routes()
 	return d, nil
 }

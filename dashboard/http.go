@@ -11,9 +11,7 @@ import (
 	"fmt"
 	"io"
 	"mime"
-	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -63,8 +61,6 @@ const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 
 const (
-	// writeTimeout is how long a page may take nothing before its stream ends; it comes again.
-	writeTimeout = 10 * time.Second
 	// quietTime is how long a stream is silent at most, for whatever lies between; then too its reader is asked for
 	// anew who he is.
 	quietTime = 5 * time.Second
@@ -77,33 +73,10 @@ const (
 
 // ServeHTTP implements http.Handler.
 func (d *Dashboard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
-	h.Set("Content-Security-Policy", policy)
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Referrer-Policy", "no-referrer")
-	h.Set("Cross-Origin-Opener-Policy", "same-origin")
-	h.Set("Cross-Origin-Resource-Policy", "same-origin")
-	h.Set("Cache-Control", "no-store")
-	// A name that somebody else's DNS has pointed to this machine would make his page one of ours.
-	if d.cfg.Role == nil && !loopback(r.Host) {
-		refuse(w, http.StatusMisdirectedRequest, "without tokens the dashboard answers only to localhost and loopback addresses, not to %q", r.Host)
-		return
-	}
+	w.Header().Set("Content-Security-Policy", policy)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
 	d.mux.ServeHTTP(w, r)
-}
-
-func loopback(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	if host == "localhost" {
-		return true
-	}
-	if n := len(host); n > 2 && host[0] == '[' && host[n-1] == ']' {
-		host = host[1 : n-1]
-	}
-	address, err := netip.ParseAddr(host)
-	return err == nil && address.IsLoopback()
 }
 
 func (d *Dashboard) routes() http.Handler {
@@ -114,27 +87,23 @@ func (d *Dashboard) routes() http.Handler {
 	mux.HandleFunc("GET /dashboard/session", d.serveSession)
 	mux.HandleFunc("GET /dashboard/stream", d.require(Reader, d.serveStream))
 	mux.HandleFunc("POST /dashboard/action", d.require(Operator, d.serveAction))
-	// Without tokens a browser may act by where it is alone, so not for a page of another origin.
-	return http.NewCrossOriginProtection().Handler(mux)
-}
-
-func (d *Dashboard) role(r *http.Request) Role {
-	if d.cfg.Role == nil {
-		return Operator
+	if d.cfg.Login != nil {
+		mux.HandleFunc("POST /dashboard/login", d.cfg.Login)
+		mux.HandleFunc("POST /dashboard/logout", d.cfg.Logout)
 	}
-	return d.cfg.Role(r)
+	return mux
 }
 
 func (d *Dashboard) require(role Role, then http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		switch has := d.role(r); {
+		switch has := d.cfg.Role(r); {
 		case has >= role:
 			then(w, r)
 		case has == Nobody:
 			w.Header().Set("WWW-Authenticate", `Bearer realm="quorate"`)
-			refuse(w, http.StatusUnauthorized, "a token is needed")
+			refuse(w, http.StatusUnauthorized, "a token or a certificate is needed")
 		default:
-			refuse(w, http.StatusForbidden, "this token may look, not act")
+			refuse(w, http.StatusForbidden, "you may look, not act")
 		}
 	}
 }
@@ -142,6 +111,7 @@ func (d *Dashboard) require(role Role, then http.HandlerFunc) http.HandlerFunc {
 // answer is every answer that is not a file or a stream.
 type answer struct {
 	Role    string `json:"role,omitempty"`
+	Login   bool   `json:"login,omitempty"` // one can become somebody else with a token
 	Message string `json:"message,omitempty"`
 	Error   string `json:"error,omitempty"`
 }
@@ -171,7 +141,7 @@ func (d *Dashboard) serveFile(w http.ResponseWriter, r *http.Request) {
 // serveSession tells a page who it is.
 func (d *Dashboard) serveSession(w http.ResponseWriter, r *http.Request) {
 	names := [...]string{Nobody: "nobody", Reader: "read", Operator: "operate"}
-	respond(w, http.StatusOK, answer{Role: names[d.role(r)]})
+	respond(w, http.StatusOK, answer{Role: names[d.cfg.Role(r)], Login: d.cfg.Login != nil})
 }
 
 // serveStream sends what is shown, and then every change of it.
@@ -186,7 +156,7 @@ func (d *Dashboard) serveStream(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Accel-Buffering", "no") // nginx, as a proxy
 	to := http.NewResponseController(w)
 	send := func(parts ...[]byte) error {
-		if err := to.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		if err := to.SetWriteDeadline(time.Now().Add(d.patience)); err != nil {
 			return err
 		}
 		for _, p := range parts {
@@ -221,7 +191,7 @@ func (d *Dashboard) serveStream(w http.ResponseWriter, r *http.Request) {
 			return
 		case <-news:
 		case <-quiet.C:
-			if d.role(r) < Reader || send([]byte(":\n\n")) != nil {
+			if d.cfg.Role(r) < Reader || send([]byte(":\n\n")) != nil {
 				return
 			}
 		}

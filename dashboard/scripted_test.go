@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"sync"
 	"testing"
@@ -100,6 +101,9 @@ func gone(v *dashboard.View, id txn.NodeID) {
 // serve runs a dashboard and returns it with the address of its page.
 func serve(t *testing.T, c dashboard.Config) (*dashboard.Dashboard, string) {
 	t.Helper()
+	if c.Role == nil {
+		c.Role = func(*http.Request) dashboard.Role { return dashboard.Operator }
+	}
 	c.Logger = slog.New(slog.DiscardHandler)
 	if c.Interval == 0 {
 		c.Interval = 20 * time.Millisecond

@@ -31,7 +31,7 @@ type Cluster struct {
 	CommitIndex txn.LogIndex `json:"commitIndex"`
 	CSN         txn.CSN      `json:"csn"`
 	// Quorum: the node has heard from a majority within the time after which it refuses writes. QuorumAge is how long
-	// ago that was, nil for never.
+	// ago that was, nil for never, or while there is a quorum.
 	Quorum    bool    `json:"quorum"`
 	QuorumAge *Millis `json:"quorumAge"`
 	// Access is what clients of this node may do: "read-write", "read-only" or "none"; Reason says why not everything.
@@ -116,7 +116,7 @@ type Conflict struct {
 type Event struct {
 	Sequence uint64     `json:"sequence"` // rises with each
 	At       time.Time  `json:"at"`
-	Severity string     `json:"severity"` // "info", "warning" or "critical"
+	Severity string     `json:"severity"` // "info", "warning" or "error"
 	Node     txn.NodeID `json:"node"`     // 0: none in particular
 	Kind     string     `json:"kind"`
 	Text     string     `json:"text"`

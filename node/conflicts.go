@@ -27,6 +27,7 @@ const (
 
 // conflict is one transaction that lost to another.
 type conflict struct {
+	number uint64 // rises with each, from 1
 	at     time.Time
 	kind   string
 	loser  txn.GID // zero if it had none yet
@@ -45,6 +46,7 @@ type conflict struct {
 type conflicts struct {
 	mu      sync.Mutex
 	latest  []conflict // the newest last
+	noted   uint64     // how many there have been
 	bytes   int        // of the losers' changes
 	winners [keptWinners]struct {
 		csn txn.CSN
@@ -87,7 +89,8 @@ func (c *conflicts) evicted(node txn.NodeID, pid uint32, by txn.CSN) (fresh bool
 func (c *conflicts) add(one conflict) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	one.at = time.Now()
+	c.noted++
+	one.number, one.at = c.noted, time.Now()
 	if w := c.winners[one.winner%keptWinners]; w.csn == one.winner {
 		one.gid = w.gid
 	}

@@ -112,6 +112,9 @@ func (n *Node) openHTTP(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", guard.Require(pki.Read, promhttp.HandlerFor(prometheus.GathererFunc(n.gather), promhttp.HandlerOpts{})))
+	if err := n.openDashboard(mux, guard); err != nil {
+		return err
+	}
 	if n.cfg.Pprof {
 		profiles := http.NewServeMux()
 		profiles.HandleFunc("/debug/pprof/", pprof.Index)

@@ -13,16 +13,11 @@
   // ---- Theme -----------------------------------------------------------------------------------------------------
 
   // Storage may be forbidden; then choices last as long as the page.
-  const remember = (store, key, value) => {
-    try {
-      if (value === null) store().removeItem(key); else store().setItem(key, value);
-    } catch { /* not kept */ }
-  };
-  const recall = (store, key) => { try { return store().getItem(key); } catch { return null; } };
-  const local = () => localStorage, session = () => sessionStorage;
+  const remember = (key, value) => { try { localStorage.setItem(key, value); } catch { /* not kept */ } };
+  const recall = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
 
   const themes = ["system", "light", "dark"];
-  let theme = recall(local, "quorate-theme");
+  let theme = recall("quorate-theme");
   if (!themes.includes(theme)) theme = "system";
   root.dataset.theme = theme;
 
@@ -123,8 +118,6 @@
 
   // ---- The stream ------------------------------------------------------------------------------------------------
 
-  let token = recall(session, "quorate-token") ?? recall(local, "quorate-token");
-  const headers = () => token ? { Authorization: "Bearer " + token } : {};
   const sleep = (ms) => new Promise((done) => { waking = done; setTimeout(done, ms); });
   let waking = () => {};
 
@@ -143,19 +136,21 @@
   };
 
   const connect = async () => {
-    const asked = await fetch("dashboard/session", { headers: headers(), signal: AbortSignal.timeout(DEAD * 1000) });
+    const asked = await fetch("dashboard/session", { signal: AbortSignal.timeout(DEAD * 1000) });
     if (!asked.ok) return;
-    state.role = (await asked.json()).role;
-    $("leave").hidden = !token;
+    const session = await asked.json();
+    state.role = session.role;
+    $("leave").hidden = !session.login || state.role === "nobody";
     if (state.role === "nobody") {
-      await signIn();
+      if (session.login) await signIn();
+      else text($("verdict-text"), "This node shows its cluster to those who have a certificate for it. Have the browser send yours.");
       return;
     }
     changed.add("nodes"); // what may be done to them
     const ending = new AbortController();
     let silence = setTimeout(() => ending.abort(), DEAD * 1000);
     try {
-      const response = await fetch("dashboard/stream", { headers: headers(), signal: ending.signal });
+      const response = await fetch("dashboard/stream", { signal: ending.signal });
       if (!response.ok) return;
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       let rest = "";
@@ -175,28 +170,34 @@
   };
 
   const signIn = () => new Promise((done) => {
-    const dialog = $("sign-in"), form = dialog.querySelector("form");
-    text($("sign-in-error"), token ? "This token is not known to the node, or not any more." : "");
-    token = null;
-    const submit = (event) => {
+    const dialog = $("sign-in"), form = dialog.querySelector("form"), yes = form.querySelector("button");
+    form.onsubmit = async (event) => {
       event.preventDefault();
-      token = $("token").value.trim();
-      $("token").value = "";
-      remember(session, "quorate-token", token);
-      remember(local, "quorate-token", $("keep").checked ? token : null);
-      form.removeEventListener("submit", submit);
-      dialog.close();
-      done();
+      yes.disabled = true;
+      try {
+        const answer = await fetch("dashboard/login", { method: "POST", body: new URLSearchParams({ token: $("token").value.trim() }) });
+        if (answer.ok) {
+          text($("sign-in-error"), "");
+          $("token").value = "";
+          dialog.close();
+          done();
+        } else text($("sign-in-error"), answer.status === 401 ? "This node does not know that token." : `Not signed in: HTTP status ${answer.status}.`);
+      } catch (error) {
+        text($("sign-in-error"), `Not signed in: ${error.message}`);
+      } finally {
+        yes.disabled = false;
+      }
     };
-    form.addEventListener("submit", submit);
+    dialog.oncancel = (event) => event.preventDefault(); // there is nothing behind it
     if (!dialog.open) dialog.showModal();
   });
 
-  const signOut = () => {
-    token = null;
-    remember(session, "quorate-token", null);
-    remember(local, "quorate-token", null);
-    location.reload();
+  const signOut = async () => {
+    try {
+      await fetch("dashboard/logout", { method: "POST" });
+    } finally {
+      location.reload();
+    }
   };
 
   // ---- How fresh it is, and what is said aloud ---------------------------------------------------------------------
@@ -394,7 +395,7 @@
   };
 
   // A heartbeat that is older than this is late, though not yet lost.
-  const LATE = 600;
+  const LATE = 700;
   const drawLinks = () => {
     const ids = state.nodes.map((n) => n.id);
     const by = new Map(state.links.map((l) => [l.to + " " + l.from, l]));
@@ -458,7 +459,7 @@
     });
   };
 
-  const signs = { info: ["calm", "·", ""], warning: ["warn", "!", "warning: "], critical: ["bad", "✕", "critical: "] };
+  const signs = { info: ["calm", "·", ""], warning: ["warn", "!", "warning: "], error: ["bad", "✕", "error: "] };
   const drawEvents = () => {
     const list = state.events.toReversed();
     const grave = $("grave").checked;
@@ -685,7 +686,7 @@
       text(yes, "Working…");
       try {
         const response = await fetch("dashboard/action", {
-          method: "POST", headers: { ...headers(), "Content-Type": "application/json" },
+          method: "POST", headers: { "Content-Type": "application/json" },
           body: JSON.stringify({ action, node: id, confirm: typed ? input.value.trim() : "" }),
         });
         const answer = await response.json();
@@ -740,7 +741,7 @@
     button.addEventListener("click", () => {
       theme = themes[(themes.indexOf(theme) + 1) % themes.length];
       root.dataset.theme = theme;
-      remember(local, "quorate-theme", theme);
+      remember("quorate-theme", theme);
       say();
       palette = null;
       drawCharts();

@@ -1,0 +1,319 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/quorate/quorate/dashboard"
+	"github.com/quorate/quorate/events"
+	"github.com/quorate/quorate/gateway"
+	"github.com/quorate/quorate/internal/authz"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/pki"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
+)
+
+// openDashboard serves the page to those whom guard lets look.
+func (n *Node) openDashboard(mux *http.ServeMux, guard *authz.HTTP) error {
+	source := &shown{n: n}
+	c := dashboard.Config{
+		Source: source, Logger: n.log.With(logkey.Component, "dashboard"),
+		Role: func(r *http.Request) dashboard.Role {
+			switch role := guard.Caller(r).Role; {
+			case role >= pki.Operate:
+				return dashboard.Operator
+			case role >= pki.Read:
+				return dashboard.Reader
+			}
+			return dashboard.Nobody
+		},
+	}
+	if guard.Tokens() {
+		c.Login, c.Logout = guard.Login, guard.Logout
+	}
+	d, err := dashboard.New(c)
+	if err != nil {
+		return err
+	}
+	mux.Handle("/{$}", d)
+	mux.Handle("/dashboard/", d)
+	n.alongside(d.Run)
+	n.alongside(source.follow)
+	return nil
+}
+
+// shown is the node as the dashboard shows it.
+type shown struct {
+	n *Node
+	// Where conflicts were is found out with PostgreSQL's help, which may take any time. So that is done beside, while
+	// somebody looks.
+	looked    atomic.Int64 // when, in nanoseconds since the node's start
+	conflicts atomic.Pointer[[]dashboard.Conflict]
+}
+
+const (
+	shownEvents       = 200
+	shownConflicts    = 200
+	shownTransactions = 100
+	conflictInterval  = time.Second
+)
+
+// follow keeps the conflicts up to date until ctx ends.
+func (s *shown) follow(ctx context.Context) error {
+	ticker := time.NewTicker(conflictInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		if time.Since(s.n.seen.began)-time.Duration(s.looked.Load()) > 2*conflictInterval {
+			continue
+		}
+		asking, cancel := context.WithTimeout(ctx, conflictInterval)
+		found := s.n.seen.conflicts.list(asking, shownConflicts, s.n.locate)
+		cancel()
+		all := make([]dashboard.Conflict, 0, len(found))
+		for _, c := range slices.Backward(found) { // the newest comes first
+			one := dashboard.Conflict{
+				Sequence: c.number, At: c.at, Node: c.node, Table: c.place.Table, Key: c.place.Key, Reason: c.kind,
+				Winner: fmt.Sprintf("CSN %d", c.winner),
+			}
+			if !c.loser.IsZero() {
+				one.Loser = c.loser.String()
+			}
+			if !c.gid.IsZero() {
+				one.Winner = c.gid.String()
+			}
+			all = append(all, one)
+		}
+		s.conflicts.Store(&all)
+	}
+}
+
+// View implements dashboard.Source. It asks nobody.
+func (s *shown) View() dashboard.View {
+	n := s.n
+	s.looked.Store(int64(time.Since(n.seen.began)))
+	seen := n.View()
+	v := dashboard.View{Cluster: s.cluster(seen)}
+	for _, node := range seen.Nodes {
+		v.Nodes = append(v.Nodes, s.node(seen, node))
+		v.Links = append(v.Links, links(seen, node)...)
+	}
+	for _, t := range n.InFlight(shownTransactions) {
+		one := dashboard.Transaction{GID: t.Gid, Stage: t.Stage, Age: millis(t.AgeSeconds), Doubt: t.Stage == "in doubt"}
+		if gid, err := txn.ParseGID(t.Gid); err == nil {
+			one.Node = gid.Node
+		}
+		v.Transactions = append(v.Transactions, one)
+	}
+	slices.SortStableFunc(v.Transactions, func(a, b dashboard.Transaction) int { return cmp.Compare(b.Age, a.Age) })
+	if c := s.conflicts.Load(); c != nil {
+		v.Conflicts = *c
+	}
+	for _, e := range slices.Backward(n.seen.events.Find(events.Query{Limit: shownEvents})) {
+		v.Events = append(v.Events, dashboard.Event{
+			Sequence: e.Number, At: e.Time, Severity: e.Severity.String(), Node: e.Node, Kind: e.Kind, Text: e.Text,
+		})
+	}
+	return v
+}
+
+func (s *shown) cluster(seen *pb.View) dashboard.Cluster {
+	n := s.n
+	own := n.Status()
+	c := dashboard.Cluster{
+		Name: seen.Cluster, Node: n.cfg.Node, Version: n.version, Leader: own.Leader, Term: own.Term,
+		CommitIndex: own.CommitIndex, CSN: max(own.CSN, txn.CSN(seen.Csn)), Quorum: seen.Quorum, Access: "none", Reason: own.Reason,
+	}
+	if log := n.consensus.Load(); log != nil {
+		if at := log.QuorumContact(); !c.Quorum && !at.IsZero() {
+			c.QuorumAge = dashboard.Ago(time.Since(at))
+		}
+		if n.accepting() == nil {
+			c.Access = map[gateway.Access]string{gateway.ReadWrite: "read-write", gateway.ReadOnly: "read-only", gateway.NoAccess: "none"}[n.access()]
+		}
+	}
+	return c
+}
+
+func (s *shown) node(seen *pb.View, from *pb.NodeView) dashboard.Node {
+	self := from.Id == seen.Node
+	is := dashboard.Node{
+		ID: txn.NodeID(from.Id), Voter: from.Voter, Witness: s.witness(txn.NodeID(from.Id)), Reachable: from.Heard,
+		Gateway: from.GatewayAddress, HTTP: from.HttpAddress, State: "unknown",
+	}
+	if self {
+		is.Contact = dashboard.Ago(0)
+	} else if own := row(seen, seen.Node); own != nil {
+		for _, cell := range own.Hears {
+			if cell.Node == from.Id && cell.AgeSeconds != nil {
+				is.Contact = ptr(millis(*cell.AgeSeconds))
+			}
+		}
+	}
+	if h := from.Health; h != nil {
+		is.State, is.Reason, is.Role, is.Writes = h.State, h.Reason, h.Role, h.AcceptsWrites
+		is.Version, is.Postgres = h.Version, h.PostgresVersion
+		is.Term, is.CommitIndex, is.AppliedIndex = &h.Term, ptr(txn.LogIndex(h.CommitIndex)), ptr(txn.LogIndex(h.AppliedIndex))
+		is.Lag, is.TPS, is.Aborts, is.Uptime = &from.Lag, &h.CommitsPerSecond, &h.AbortsPerSecond, ptr(millis(h.UptimeSeconds))
+		if h.PostgresUp {
+			is.Connections, is.MaxConnections = ptr(uint64(h.Connections)), ptr(uint64(h.MaxConnections))
+			is.WAL, is.OldestTransaction = &h.WalKeptBytes, ptr(millis(h.OldestTransactionSeconds))
+		}
+		if h.DiskTotalBytes > 0 {
+			is.DiskFree, is.DiskTotal = &h.DiskFreeBytes, &h.DiskTotalBytes
+		}
+	}
+	if !is.Reachable {
+		is.Reason = "nothing was ever heard of it since this node started"
+		if is.Contact != nil {
+			is.Reason = fmt.Sprintf("node %d has heard nothing of it for %v", seen.Node, time.Duration(*is.Contact).Truncate(time.Second))
+		}
+	}
+	return is
+}
+
+// witness reports whether a member has no PostgreSQL.
+func (s *shown) witness(id txn.NodeID) bool {
+	i := s.n.current.Load()
+	if i == nil {
+		return false
+	}
+	m, is := i.machine.Membership().Find(id)
+	return is && m.Role == codec.RoleWitness
+}
+
+// row is what a node hears, nil if nobody knows.
+func row(seen *pb.View, of uint32) *pb.NodeView {
+	for _, node := range seen.Nodes {
+		if node.Id == of {
+			return node
+		}
+	}
+	return nil
+}
+
+// links is one row of the matrix of heartbeats.
+func links(seen *pb.View, to *pb.NodeView) (all []dashboard.Link) {
+	known := to.ReportAgeSeconds != nil && *to.ReportAgeSeconds <= seen.HeartbeatTimeoutSeconds
+	for _, from := range seen.Nodes {
+		if from.Id == to.Id {
+			continue
+		}
+		l := dashboard.Link{From: txn.NodeID(from.Id), To: txn.NodeID(to.Id), Known: known, Lost: true}
+		for _, cell := range to.Hears {
+			if cell.Node != from.Id {
+				continue
+			}
+			if cell.AgeSeconds != nil {
+				l.Age, l.Lost = ptr(millis(*cell.AgeSeconds)), *cell.AgeSeconds > seen.HeartbeatTimeoutSeconds
+			}
+			if cell.RoundTripSeconds != nil {
+				l.RTT = ptr(millis(*cell.RoundTripSeconds))
+			}
+			l.Jitter, l.Loss = ptr(millis(cell.JitterSeconds)), cell.Loss
+		}
+		all = append(all, l)
+	}
+	return all
+}
+
+// The metrics that charts are made of.
+var stageMetrics = []struct{ metric, stage string }{
+	{"quorate_coord_capture_seconds", "capture"},
+	{"quorate_coord_order_seconds", "order"},
+	{"quorate_apply_publish_seconds", "publish"},
+	{"quorate_coord_commit_seconds", "whole commit"},
+}
+
+const abortsMetric = "quorate_gateway_aborts_total"
+
+// Counters implements dashboard.Source.
+func (s *shown) Counters() dashboard.Counters {
+	n := s.n
+	c := dashboard.Counters{
+		Own: n.seen.commits.Load(), Aborts: map[string]uint64{}, Lag: map[txn.NodeID]uint64{}, Queue: map[string]uint64{},
+	}
+	for _, node := range n.View().Nodes {
+		if node.Heard && node.Health != nil {
+			c.Lag[txn.NodeID(node.Id)] = node.Lag
+		}
+	}
+	i := n.current.Load()
+	if i == nil {
+		return c
+	}
+	queue, _ := i.pipeline.Queue()
+	c.Queue["in flight here"], c.Queue["to be applied"] = uint64(len(i.coord.InFlight())), uint64(queue)
+	families, err := n.gather()
+	if err != nil {
+		n.log.Debug("gather metrics for the dashboard", logkey.Error, err) // charts have a gap
+	}
+	c.Stages = make([]dashboard.Stage, len(stageMetrics))
+	for at, of := range stageMetrics {
+		c.Stages[at].Name = of.stage
+	}
+	for _, family := range families {
+		switch name := family.GetName(); name {
+		case "quorate_log_transactions_total":
+			for _, m := range family.GetMetric() {
+				if label(m, "reason") == txn.AbortNone.String() {
+					c.Commits = uint64(m.GetCounter().GetValue())
+				}
+			}
+		case abortsMetric:
+			for _, m := range family.GetMetric() {
+				c.Aborts[label(m, "reason")] = uint64(m.GetCounter().GetValue())
+			}
+		default:
+			for at, of := range stageMetrics {
+				if of.metric == name && len(family.GetMetric()) == 1 {
+					c.Stages[at].Durations = histogram(family.GetMetric()[0].GetHistogram())
+				}
+			}
+		}
+	}
+	return c
+}
+
+func label(m *dto.Metric, name string) string {
+	for _, l := range m.GetLabel() {
+		if l.GetName() == name {
+			return l.GetValue()
+		}
+	}
+	return ""
+}
+
+func histogram(from *dto.Histogram) (h dashboard.Histogram) {
+	for _, b := range from.GetBucket() {
+		h.Bounds = append(h.Bounds, b.GetUpperBound())
+		h.Counts = append(h.Counts, b.GetCumulativeCount())
+	}
+	h.Total = from.GetSampleCount()
+	return h
+}
+
+// Act implements dashboard.Source.
+func (s *shown) Act(ctx context.Context, a dashboard.Action) (string, error) {
+	return "", status.Errorf(codes.Unimplemented, "%s is not built yet", a.Name)
+}
+
+// millis is for seconds as the API has them.
+func millis(s float64) dashboard.Millis { return dashboard.Millis(s * float64(time.Second)) }
+
+func ptr[T any](v T) *T { return &v }
