@@ -1,0 +1,217 @@
+package dashboard_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/quorate/quorate/internal/browser"
+	"github.com/quorate/quorate/test/cluster"
+)
+
+// inTime is how soon the page must show what its node knows.
+const inTime = 2 * time.Second
+
+// patience bounds what takes as long as it takes on a busy machine.
+const patience = 90 * time.Second
+
+// open starts a cluster with clients that write on nodes until the test ends.
+func open(t *testing.T, nodes ...int) (*cluster.Cluster, context.Context) {
+	t.Helper()
+	dir, err := cluster.TempDir("")
+	check(t, err)
+	t.Cleanup(func() { check(t, os.RemoveAll(dir)) })
+	binary, err := cluster.Build(t.Context(), dir, false)
+	check(t, err)
+	c, err := cluster.Start(t.Context(), cluster.Options{Binary: binary})
+	check(t, err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Logs(25))
+		}
+		check(t, c.Destroy())
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	var clients sync.WaitGroup
+	t.Cleanup(func() { cancel(); clients.Wait() })
+	conn, err := c.Connect(ctx, 1)
+	check(t, err)
+	_, err = conn.Exec(ctx, "CREATE TABLE work (id int PRIMARY KEY, n int NOT NULL); INSERT INTO work SELECT i, 0 FROM generate_series(1, 200) i")
+	check(t, errors.Join(err, conn.Close(ctx)))
+	check(t, c.Settle(ctx))
+	for _, node := range nodes {
+		for i := range 2 {
+			clients.Go(func() { work(ctx, c, node, i) })
+		}
+	}
+	return c, ctx
+}
+
+// work is a client that goes on whatever happens. Two clients of different nodes often want the same row.
+func work(ctx context.Context, c *cluster.Cluster, node, seed int) {
+	for n := seed; ctx.Err() == nil; {
+		conn, err := c.Connect(ctx, node)
+		for err == nil {
+			n = (n*5 + 1) % 16
+			statement, cancel := context.WithTimeout(ctx, 20*time.Second)
+			_, err = conn.Exec(statement, "UPDATE work SET n = n + 1 WHERE id = $1", n+1)
+			cancel()
+			if cluster.IsConflict(err) {
+				err = nil
+			}
+			pause(ctx, 10*time.Millisecond) // a page is to be looked at, not a server to be loaded
+		}
+		if conn != nil {
+			closing, cancel := context.WithTimeout(context.Background(), time.Second)
+			_ = conn.Close(closing) // it has failed already
+			cancel()
+		}
+		pause(ctx, 100*time.Millisecond)
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// knows waits until a metric of a node has a value, and sends when.
+func knows(ctx context.Context, c *cluster.Cluster, node int, metric string, value float64) <-chan time.Time {
+	at := make(chan time.Time, 1)
+	go func() {
+		for ctx.Err() == nil {
+			m, err := c.Metrics(ctx, node)
+			if got, ok := m[metric]; err == nil && ok && got == value {
+				at <- time.Now()
+				return
+			}
+			pause(ctx, 20*time.Millisecond)
+		}
+	}()
+	return at
+}
+
+// shows waits until the page shows something, and checks that it does in time, once the node knows.
+func shows(t *testing.T, tab *browser.Tab, known <-chan time.Time, selector, text string) {
+	t.Helper()
+	tab.AwaitText(patience, selector, text)
+	seen := time.Now()
+	select {
+	case at := <-known:
+		t.Logf("%q after %v", text, seen.Sub(at).Round(time.Millisecond))
+		if late := seen.Sub(at); late > inTime {
+			t.Errorf("the page shows %q %v after its node has known it, and must within %v", text, late, inTime)
+		}
+	case <-time.After(inTime):
+		t.Errorf("the page shows %q, and the node does not know", text)
+	}
+}
+
+func signal(t *testing.T, c *cluster.Cluster, s syscall.Signal, nodes ...int) {
+	t.Helper()
+	for _, node := range nodes {
+		pid, err := c.SidecarPID(node)
+		check(t, err)
+		check(t, syscall.Kill(pid, s))
+	}
+}
+
+func page(c *cluster.Cluster, node int) string { return "http://" + c.HTTP(node) + "/" }
+
+// TestPage follows a cluster through a night.
+func TestPage(t *testing.T) {
+	c, ctx := open(t, 1, 2)
+	tab := browser.Open(t, browser.Options{Noisy: true})
+	tab.Open(page(c, 1))
+
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	tab.AwaitText(patience, "#verdict-text", "One more node may fail.")
+	for node := 1; node <= 3; node++ {
+		tab.AwaitText(patience, fmt.Sprintf("#node-%d ~ .chip", node), "active")
+	}
+	tab.Await(patience, "commits", `Number(document.querySelector("#plot-commits b").innerText) > 1`)
+	tab.Await(patience, "latencies of four stages", `Array.from(document.querySelectorAll("#plot-latency99 b")).filter((b) => / m?s$/.test(b.innerText)).length === 4`)
+	tab.Await(patience, "a heartbeat of every pair", `document.querySelectorAll("#matrix .fresh, #matrix .late").length === 6`)
+	tab.AwaitText(patience, "#conflict-rows", "public.work (id)=(")
+	tab.AwaitText(patience, "#events", "leads")
+	tab.AwaitText(patience, "#cards", "PostgreSQL 1")
+
+	t.Log("a node is killed")
+	known := knows(ctx, c, 1, "quorate_node_members_heard", 2)
+	check(t, c.KillNode(ctx, 3))
+	shows(t, tab, known, "#node-3 ~ .chip", "not reached")
+	tab.AwaitText(inTime, "#verdict", "Degraded")
+	tab.AwaitText(inTime, "#verdict-text", "No node may fail now")
+	tab.AwaitText(inTime, "#links", "Node 1 has not heard node 3")
+	tab.AwaitText(inTime, "#events", "node 3 is not heard any more")
+
+	t.Log("it comes back")
+	known = knows(ctx, c, 1, "quorate_node_members_heard", 3)
+	check(t, c.StartNode(3))
+	shows(t, tab, known, "#links", "Every node hears every other.")
+	tab.AwaitText(patience, "#verdict", "Healthy")
+
+	t.Log("two nodes stand still: no quorum")
+	known = knows(ctx, c, 1, "quorate_node_quorum", 0)
+	signal(t, c, syscall.SIGSTOP, 2, 3)
+	defer func() {
+		if t.Failed() {
+			signal(t, c, syscall.SIGCONT, 2, 3)
+		}
+	}()
+	shows(t, tab, known, "#verdict", "No quorum")
+	tab.AwaitText(inTime, "#verdict-text", "This node reaches 1 of 3 voters, and 2 are needed")
+	tab.AwaitText(inTime, "#strip", "Node 1 has no quorum: clients can read here, not write.")
+	tab.AwaitText(inTime, "#node-1 ~ .chip", "read only")
+	if title := browser.Value[string](tab, "document.title"); !strings.HasPrefix(title, "✕ No quorum") {
+		t.Errorf("the title is %q", title)
+	}
+	tab.AwaitText(patience, "#transactions", "in doubt") // the clients' commits
+
+	t.Log("they go on")
+	known = knows(ctx, c, 1, "quorate_node_quorum", 1)
+	signal(t, c, syscall.SIGCONT, 2, 3)
+	tab.Await(patience, "a quorum", `!document.querySelector("#verdict").innerText.includes("No quorum")`)
+	seen := time.Now()
+	if late := seen.Sub(<-known); late > inTime {
+		t.Errorf("the page shows the quorum %v after its node knows it", late)
+	}
+	tab.AwaitText(patience, "#verdict", "Healthy")
+
+	t.Log("the node that serves the page stands still")
+	signal(t, c, syscall.SIGSTOP, 1)
+	stopped := time.Now()
+	tab.AwaitText(patience, "#strip", "Stale: no news from node 1")
+	if took := time.Since(stopped); took > inTime+inTime {
+		t.Errorf("the page says after %v that it is stale", took)
+	}
+	signal(t, c, syscall.SIGCONT, 1)
+	tab.AwaitText(patience, "#strip", "Live from node 1")
+
+	t.Log("and is restarted")
+	browser.Value[bool](tab, `(window.before = true)`)
+	check(t, c.KillNode(ctx, 1))
+	tab.AwaitText(patience, "#strip", "Stale: no news from node 1")
+	check(t, c.StartNode(1))
+	tab.AwaitText(patience, "#strip", "Live from node 1")
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	if !browser.Value[bool](tab, `window.before === true`) {
+		t.Error("the page was loaded again")
+	}
+	tab.Await(patience, "commits", `Number(document.querySelector("#plot-commits b").innerText) > 1`)
+}
