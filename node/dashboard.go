@@ -158,8 +158,8 @@ func (s *shown) node(seen *pb.View, from *pb.NodeView) dashboard.Node {
 	}
 	if self {
 		is.Contact = dashboard.Ago(0)
-	} else if own := row(seen, seen.Node); own != nil {
-		for _, cell := range own.Hears {
+	} else if at := slices.IndexFunc(seen.Nodes, func(v *pb.NodeView) bool { return v.Id == seen.Node }); at >= 0 {
+		for _, cell := range seen.Nodes[at].Hears {
 			if cell.Node == from.Id && cell.AgeSeconds != nil {
 				is.Contact = ptr(millis(*cell.AgeSeconds))
 			}
@@ -195,16 +195,6 @@ func (s *shown) witness(id txn.NodeID) bool {
 	}
 	m, is := i.machine.Membership().Find(id)
 	return is && m.Role == codec.RoleWitness
-}
-
-// row is what a node hears, nil if nobody knows.
-func row(seen *pb.View, of uint32) *pb.NodeView {
-	for _, node := range seen.Nodes {
-		if node.Id == of {
-			return node
-		}
-	}
-	return nil
 }
 
 // links is one row of the matrix of heartbeats.
