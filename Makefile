@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench stress chaos faults sim model verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench bench-clone stress chaos faults sim model verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -26,6 +26,11 @@ demo: build
 
 bench: build
 	$(GO) run ./test/bench
+
+# A clone of SIZE MiB against a plain copy of the same server, in one run.
+SIZE ?= 1024
+bench-clone:
+	QUORATE_CLONE_MIB=$(SIZE) $(GO) test -run '^$$' -bench Clone -benchtime 5x -timeout 1h ./replication/clone
 
 # The workloads of test/cluster, for as long as the issue asks instead of seconds. STRESS is the length of each.
 STRESS ?= 60s

@@ -94,7 +94,7 @@ func (p *tamper) Clone(req *pb.CloneRequest, stream grpc.ServerStreamingServer[p
 	}
 }
 
-func serve(t *testing.T, register func(*grpc.Server)) *grpc.ClientConn {
+func serve(t testing.TB, register func(*grpc.Server)) *grpc.ClientConn {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -117,7 +117,7 @@ func serve(t *testing.T, register func(*grpc.Server)) *grpc.ClientConn {
 }
 
 type rig struct {
-	t      *testing.T
+	t      testing.TB
 	server *pgserver.Server
 	source *source
 	donor  *Donor
@@ -128,7 +128,12 @@ type rig struct {
 
 func newRig(t *testing.T, major int) *rig {
 	t.Helper()
-	r := &rig{t: t, server: pgtest.Start(t, pgtest.Options{Major: major, Tmpfs: true}), dir: pgtest.Dir(t, true)}
+	return newRigIn(t, pgtest.Options{Major: major, Tmpfs: true}, pgtest.Dir(t, true))
+}
+
+func newRigIn(t testing.TB, o pgtest.Options, dir string) *rig {
+	t.Helper()
+	r := &rig{t: t, server: pgtest.Start(t, o), dir: dir}
 	r.source = &source{server: r.server}
 	r.donor = NewDonor(Config{Cluster: "c", Node: 1, Source: r.source, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	r.conn = serve(t, r.donor.Register)
