@@ -381,7 +381,7 @@ func (r *receiver) unpackFile(name string, content io.Reader, buffer []byte) (er
 		return fmt.Errorf("file %q: %w", name, err)
 	}
 	r.files[name] = received{size: n, crc: sum.Sum32()}
-	if f, ok := out.(*os.File); ok && n > 0 {
+	if f, ok := out.(*os.File); ok && n >= 1<<20 {
 		// Have the kernel begin to write now, so that there is little to wait for at the end. Some file systems cannot.
 		_ = unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)
 	}
