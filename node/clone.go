@@ -134,8 +134,8 @@ func (n *Node) Cloning() (clone.Progress, bool) {
 // An error leaves the data directory as it was, and obtain may be called again; one that wraps clone.ErrUnfit or
 // clone.ErrNoSpace needs somebody to do something about it.
 //
-// reused says that another member had the slot before.
-func (n *Node) obtain(ctx context.Context, id pg.Identity, reused bool) error {
+// beyond is what earlier holders of the slot had reserved of sequences: see pg.TakeOver.
+func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int64) error {
 	if !n.cfg.Postgres.Managed {
 		return errors.New("postgres.managed is false: only a server that the node itself starts and stops can be replaced by a clone")
 	}
@@ -157,7 +157,7 @@ func (n *Node) obtain(ctx context.Context, id pg.Identity, reused bool) error {
 	fit, refused := clone.Order(ctx, n.cfg.Cluster, candidates)
 	var failures []error
 	for _, c := range fit {
-		err := n.obtainFrom(ctx, c, id, reused)
+		err := n.obtainFrom(ctx, c, id, beyond)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
@@ -201,7 +201,7 @@ const halfStopTimeout = 5 * time.Second
 
 // obtainFrom makes a copy beside the data directory, has it recovered to its place there, and puts it into place when it is this
 // node's own in everything.
-func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Identity, reused bool) (err error) {
+func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Identity, beyond map[string]int64) (err error) {
 	dataDir := n.cfg.Postgres.DataDir
 	making := clone.Making(dataDir)
 	old, err := n.serverAt(ctx, dataDir, nil)
@@ -258,7 +258,7 @@ func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Ident
 	if err := recovering.Start(ctx); err != nil {
 		return fmt.Errorf("recover the clone: %w", err)
 	}
-	if err := n.takeOver(ctx, recovering, id, got.CSN, reused); err != nil {
+	if err := n.takeOver(ctx, recovering, id, got.CSN, beyond); err != nil {
 		return err
 	}
 	if err := recovering.Stop(ctx); err != nil {
@@ -275,7 +275,7 @@ func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Ident
 }
 
 // takeOver makes the recovered copy this node's own, if it is what it should be.
-func (n *Node) takeOver(ctx context.Context, server *pgserver.Server, id pg.Identity, csn txn.CSN, reused bool) error {
+func (n *Node) takeOver(ctx context.Context, server *pgserver.Server, id pg.Identity, csn txn.CSN, beyond map[string]int64) error {
 	c, err := pgconn.ParseConfig(server.ConnString(n.cfg.Postgres.Database))
 	if err != nil {
 		return fmt.Errorf("connect to the clone: %w", err)
@@ -291,7 +291,7 @@ func (n *Node) takeOver(ctx context.Context, server *pgserver.Server, id pg.Iden
 		err = fmt.Errorf("the clone has transactions up to %d instead of %d", progress, csn)
 	}
 	if err == nil {
-		err = pg.TakeOver(ctx, conn, id, reused)
+		err = pg.TakeOver(ctx, conn, id, beyond)
 	}
 	return errors.Join(err, closeConn(ctx, conn))
 }

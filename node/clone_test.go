@@ -50,7 +50,7 @@ func TestCloneHoldsExactly(t *testing.T) {
 			var last txn.CSN
 			for i := range c.clones {
 				joiner := bareNode(t, cfg, txn.NodeID(i+2))
-				csn := obtainClone(t, ctx, n, joiner, i+1, false)
+				csn := obtainClone(t, ctx, n, joiner, i+1)
 				if csn <= last {
 					t.Errorf("clone %d has CSN %d after %d: there was no load", i, csn, last)
 				}
@@ -131,9 +131,9 @@ func identityOf(n *Node, slot int) pg.Identity {
 }
 
 // obtainClone clones n and returns up to where.
-func obtainClone(t *testing.T, ctx context.Context, n, joiner *Node, slot int, reused bool) txn.CSN {
+func obtainClone(t *testing.T, ctx context.Context, n, joiner *Node, slot int) txn.CSN {
 	t.Helper()
-	if err := joiner.obtain(ctx, identityOf(joiner, slot), reused); err != nil {
+	if err := joiner.obtain(ctx, identityOf(joiner, slot), nil); err != nil {
 		t.Fatal(err)
 	}
 	m, ok, err := clone.Read(joiner.cfg.Postgres.DataDir)
@@ -324,7 +324,7 @@ func TestObtainKilled(t *testing.T) {
 			t.Fatalf("killed %s: the old data directory has %q, %v", at.name, text, err)
 		}
 	}
-	if err := joiner.obtain(ctx, identityOf(joiner, 1), false); err != nil {
+	if err := joiner.obtain(ctx, identityOf(joiner, 1), nil); err != nil {
 		t.Fatal(err)
 	}
 	m, ok, err := clone.Read(dataDir)
@@ -332,7 +332,7 @@ func TestObtainKilled(t *testing.T) {
 		t.Fatalf("marker %+v, %v, %v", m, ok, err)
 	}
 	// Interrupted between the two renames: the copy is whole, and is only put into its place.
-	if err := errors.Join(os.Rename(dataDir, making), joiner.obtain(ctx, identityOf(joiner, 1), false)); err != nil {
+	if err := errors.Join(os.Rename(dataDir, making), joiner.obtain(ctx, identityOf(joiner, 1), nil)); err != nil {
 		t.Fatal(err)
 	}
 	if again, _, err := clone.Read(dataDir); err != nil || !again.Time.Equal(m.Time) {
@@ -372,7 +372,7 @@ func TestObtainingProcess(t *testing.T) {
 	}
 	n := &Node{cfg: cfg, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	n.peers = peers.New(n.grpcAddress)
-	if err := n.obtain(t.Context(), identityOf(n, 1), false); err != nil {
+	if err := n.obtain(t.Context(), identityOf(n, 1), nil); err != nil {
 		t.Fatal(err)
 	}
 }

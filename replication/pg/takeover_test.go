@@ -3,6 +3,7 @@ package pg
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -52,11 +53,11 @@ func TestTakeOver(t *testing.T) {
 			for n := 2; n <= nodes; n++ {
 				run(t, admin, fmt.Sprintf("CREATE DATABASE n%d TEMPLATE postgres", n))
 				conn := pgtest.Connect(t, server, fmt.Sprintf("n%d", n))
-				if err := TakeOver(t.Context(), conn.PgConn(), Identity{Cluster: "other", Node: 9, MaxNodes: 16}, false); !errors.Is(err, ErrForeignData) {
+				if err := TakeOver(t.Context(), conn.PgConn(), Identity{Cluster: "other", Node: 9, MaxNodes: 16}, nil); !errors.Is(err, ErrForeignData) {
 					t.Errorf("took over a copy of another cluster: %v", err)
 				}
 				for range 2 { // the second time changes nothing
-					if err := TakeOver(t.Context(), conn.PgConn(), id(n, n-1), false); err != nil {
+					if err := TakeOver(t.Context(), conn.PgConn(), id(n, n-1), nil); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -75,7 +76,7 @@ func TestTakeOver(t *testing.T) {
 			} {
 				run(t, reused, "SET session_replication_role = replica; "+sql)
 			}
-			if err := TakeOver(t.Context(), reused.PgConn(), id(9, 1), true); err != nil {
+			if err := TakeOver(t.Context(), reused.PgConn(), id(9, 1), map[string]int64{"public.\"De'sc\"": -77777, "public.t_is_gone": 5}); err != nil {
 				t.Fatal(err)
 			}
 			conns = append(conns[:3], conns[4], reused) // without nodes 4; node 2, whose slot was taken, has gone as well
@@ -84,6 +85,17 @@ func TestTakeOver(t *testing.T) {
 				if next := number(t, reused, "SELECT nextval('"+name+"')"); next <= above {
 					t.Errorf("%s gives out %d, and the slot's earlier holder had %d", name, next, above)
 				}
+			}
+			if next := number(t, reused, `SELECT nextval('"De''sc"')`); next >= -77777 {
+				t.Errorf("a descending sequence gives out %d, and the slot's earlier holder had -77777 reserved", next)
+			}
+			positions, err := SequencePositions(t.Context(), reused.PgConn())
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := slices.IndexFunc(positions, func(p SequencePosition) bool { return p.Name == `public."De'sc"` })
+			if at < 0 || positions[at].Last >= -77777 || positions[at].Step != -48 || positions[at].Room < 1e15 {
+				t.Errorf("positions %+v", positions)
 			}
 			for _, name := range sequences {
 				if name == "ending" {
@@ -122,7 +134,7 @@ func TestTakeOver(t *testing.T) {
 			}
 			run(t, admin, "CREATE DATABASE n10 TEMPLATE postgres")
 			last := pgtest.Connect(t, server, "n10")
-			if err := TakeOver(t.Context(), last.PgConn(), id(10, 15), true); err != nil {
+			if err := TakeOver(t.Context(), last.PgConn(), id(10, 15), nil); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := last.Exec(t.Context(), "SELECT nextval('ending')"); err == nil {
