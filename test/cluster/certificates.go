@@ -28,7 +28,7 @@ func (c *Cluster) certify(ctx context.Context) error {
 		return err
 	}
 	for i := 1; i <= c.Nodes; i++ {
-		if err := c.cert(ctx, "node", "--name", fmt.Sprintf("node%d", i), "--host", c.options.Network.Host(i)); err != nil {
+		if err := c.cert(ctx, "node", "--name", fmt.Sprintf("node%d", i), "--host", c.host(i)); err != nil {
 			return err
 		}
 	}
@@ -43,11 +43,20 @@ func (c *Cluster) cert(ctx context.Context, args ...string) error {
 	return nil
 }
 
+// credentials are the flags by which commands may do everything.
+func (c *Cluster) credentials() []string {
+	if !c.options.separate() {
+		return nil
+	}
+	in := c.CertDir()
+	return []string{"--ca", filepath.Join(in, "ca.crt"), "--cert", filepath.Join(in, "operator.crt"), "--key", filepath.Join(in, "operator.key")}
+}
+
 // getHTTP asks node i, as who may do everything.
 func (c *Cluster) getHTTP(ctx context.Context, i int, path string) (*http.Response, error) {
 	// A connection that is kept would be one of the node's goroutines; and may lead to a network that is no more.
 	transport, scheme := &http.Transport{DisableKeepAlives: true}, "http"
-	if c.options.Network != nil {
+	if c.options.separate() {
 		pair, err := tls.LoadX509KeyPair(filepath.Join(c.CertDir(), "operator.crt"), filepath.Join(c.CertDir(), "operator.key"))
 		if err != nil {
 			return nil, err

@@ -35,7 +35,14 @@ type Options struct {
 	// Network, when set, is where the nodes are, each in its own namespace and by itself, with "quorate run"; else they
 	// are a "quorate demo". It must stay open until the cluster has been stopped.
 	Network *network.Network
+	// Certificates has the nodes run as in a Network, each by itself and all with certificates, although on loopback.
+	Certificates bool
+	// Configuration is added to that of each node which is by itself.
+	Configuration string
 }
+
+// separate reports whether the nodes are by themselves; then they have certificates, and ask clients for a password.
+func (o Options) separate() bool { return o.Network != nil || o.Certificates }
 
 // Cluster is a running "quorate demo", or as many "quorate run". Its methods may be called from several goroutines, except those that start
 // and stop processes.
@@ -101,7 +108,7 @@ func (c *Cluster) Attached() bool { return c.attached != nil }
 
 // Resume starts the nodes on their directories, which may hold the data of an earlier run, and waits until all are ready.
 func (c *Cluster) Resume(ctx context.Context) error {
-	if c.options.Network != nil {
+	if c.options.separate() {
 		return c.runAll(ctx)
 	}
 	args := []string{"demo", "--dir", c.Dir, "--nodes", strconv.Itoa(c.Nodes), "--base-port", strconv.Itoa(c.base)}
@@ -285,7 +292,7 @@ func (c *Cluster) Postgres(i int) string {
 	if c.Attached() {
 		return c.attached[i-1].Postgres
 	}
-	if c.options.Network != nil { // it trusts who is on its own machine, and that is another
+	if c.options.separate() { // it may be another machine's loopback
 		return filepath.Join(c.NodeDir(i), "run", ":"+strconv.Itoa(c.base+postgresPorts+i))
 	}
 	return c.address(postgresPorts, i)
@@ -301,11 +308,14 @@ func (c *Cluster) HTTP(i int) string { return c.address(httpPorts, i) }
 func (c *Cluster) Raft(i int) string { return c.address(raftPorts, i) }
 
 func (c *Cluster) address(block, i int) string {
-	host := "127.0.0.1"
+	return net.JoinHostPort(c.host(i), strconv.Itoa(c.base+block+i))
+}
+
+func (c *Cluster) host(i int) string {
 	if c.options.Network != nil {
-		host = c.options.Network.Host(i)
+		return c.options.Network.Host(i)
 	}
-	return net.JoinHostPort(host, strconv.Itoa(c.base+block+i))
+	return "127.0.0.1"
 }
 
 // Password is that of postgres, where one is asked for.
@@ -358,11 +368,7 @@ func (c *Cluster) Status(ctx context.Context, i int, args ...string) ([]byte, er
 
 // ask runs a command against node i. What it prints is returned even when it fails.
 func (c *Cluster) ask(ctx context.Context, command string, i int, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, c.options.Binary, append([]string{command, "--address", c.GRPC(i)}, args...)...)
-	if c.options.Network != nil {
-		cmd.Env = append(os.Environ(), "QUORATE_CA="+filepath.Join(c.CertDir(), "ca.crt"),
-			"QUORATE_CERT="+filepath.Join(c.CertDir(), "operator.crt"), "QUORATE_KEY="+filepath.Join(c.CertDir(), "operator.key"))
-	}
+	cmd := exec.CommandContext(ctx, c.options.Binary, append(append([]string{command, "--address", c.GRPC(i)}, c.credentials()...), args...)...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -370,6 +376,18 @@ func (c *Cluster) ask(ctx context.Context, command string, i int, args ...string
 		return out, fmt.Errorf("%s of node %d: %w: %s", command, i, err, stderr.String())
 	}
 	return out, nil
+}
+
+// Command runs a quorate command that asks no node, and returns what it prints on standard output.
+func (c *Cluster) Command(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, c.options.Binary, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), fmt.Errorf("quorate %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return string(out), nil
 }
 
 // Verification is what "quorate verify" found.

@@ -77,6 +77,7 @@ func (c *Cluster) configure(ctx context.Context, i int) error {
 	for member := 1; member <= c.Nodes; member++ {
 		fmt.Fprintf(&b, "  - {id: %d, %s}\n", member, addresses(member))
 	}
+	b.WriteString(c.options.Configuration)
 	if err := os.MkdirAll(c.NodeDir(i), 0o755); err != nil {
 		return err
 	}
