@@ -510,3 +510,28 @@ func TestDDL(t *testing.T) {
 	}
 	c.exec("ROLLBACK")
 }
+
+// TestDDLOfUsers: a role that may make functions and set anything can neither have peers run what it has not run here, nor
+// keep from them what it has.
+func TestDDLOfUsers(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, 18, Limits{})
+	c := n.client()
+	c.exec("CREATE ROLE mallory; GRANT CREATE, USAGE ON SCHEMA public TO mallory")
+	c.exec("SET ROLE mallory")
+	for _, sql := range []string{
+		"SELECT quorate.emit_ddl('DROP TABLE t', 'DROP TABLE', 'public', '[]', 'mallory')",
+		"SELECT quorate.extension_script()",
+		"SELECT quorate.in_extension_script()",
+		"SELECT quorate.on_ddl_end()",
+	} {
+		if err := c.try(sql); err == nil {
+			t.Errorf("%s: no error", sql)
+		}
+	}
+	set := c.run("SET quorate.extension_script = 'running'; SET quorate.ddl = '{}'; CREATE TABLE own (id int PRIMARY KEY)")
+	lines := render(t, result{set: set})
+	if len(lines) != 1 || !strings.Contains(lines[0], "CREATE TABLE own") || !strings.Contains(lines[0], `"role": "mallory"`) {
+		t.Errorf("peers are told %v", lines)
+	}
+}

@@ -162,8 +162,8 @@ END $$;
 
 -- emit_ddl writes the message by which peers replay a statement at its place in the transaction. Decoding reports
 -- every logical message under the top-level transaction, so the message itself says in which subtransaction the
--- statement ran: with that one it is undone. It runs as the owner, to read the token; so it must not take the caller's
--- word for a role that the session's user could not assume.
+-- statement ran: with that one it is undone. Only the triggers below may call it: peers run what it says. Nor must they
+-- replay as a role that the session's user could not assume.
 CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb, runs_as name) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -189,6 +189,42 @@ BEGIN
             'DateStyle', current_setting('DateStyle'),
             'IntervalStyle', current_setting('IntervalStyle'),
             'TimeZone', current_setting('TimeZone')))::text);
+END $$;
+REVOKE ALL ON FUNCTION quorate.emit_ddl FROM PUBLIC;
+
+-- extension_script is what the setting of this name is while the script of an extension runs. No user can guess it.
+CREATE OR REPLACE FUNCTION quorate.extension_script() RETURNS text
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$ SELECT md5(token::text || pg_current_xact_id()::text) FROM quorate.identity $$;
+REVOKE ALL ON FUNCTION quorate.extension_script FROM PUBLIC;
+
+-- in_extension_script gives no transaction an id: DDL that does nothing has none.
+CREATE OR REPLACE FUNCTION quorate.in_extension_script() RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    running text := current_setting('quorate.extension_script', true);
+BEGIN
+    IF coalesce(running, '') = '' THEN
+        RETURN false;
+    END IF;
+    RETURN running = quorate.extension_script();
+END $$;
+REVOKE ALL ON FUNCTION quorate.in_extension_script FROM PUBLIC;
+
+-- on_ddl comes before each of the next three, by the names of the triggers, and notes what only a function that runs as the
+-- user can see. They run as the owner; whatever the user had put into the setting is gone.
+CREATE OR REPLACE FUNCTION quorate.on_ddl() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    path    text := pg_catalog.current_setting('search_path');
+    context text;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    PERFORM pg_catalog.set_config('quorate.ddl', pg_catalog.jsonb_build_object('path', path, 'context', context, 'role', current_user)::text, true);
 END $$;
 
 -- affected_tables lists the tables that the objects of a ddl_command_end belong to, and the parents of their foreign
@@ -229,19 +265,19 @@ $$;
 -- CREATE TABLE AS writes its rows before ddl_command_end, but a peer must create the table first. What the script of
 -- an extension does is replayed by the statement that ran the script.
 CREATE OR REPLACE FUNCTION quorate.on_ddl_start() RETURNS event_trigger
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    path    text := pg_catalog.current_setting('search_path');
-    context text;
+    ddl     jsonb := current_setting('quorate.ddl');
+    context text := ddl ->> 'context';
     sql     text;
 BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
     IF tg_tag LIKE '%EXTENSION' THEN
-        PERFORM pg_catalog.set_config('quorate.extension_script', 'running', true);
+        PERFORM set_config('quorate.extension_script', quorate.extension_script(), true);
         RETURN;
     END IF;
-    IF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+    IF quorate.in_extension_script() THEN
         RETURN;
     END IF;
     IF tg_tag = 'SELECT INTO' THEN
@@ -250,18 +286,19 @@ BEGIN
             HINT = 'Use CREATE TABLE … AS.';
     END IF;
     sql := quorate.ddl_text(context);
-    IF sql OPERATOR(pg_catalog.~*) '^\s*create\s+((local|global)\s+)?temp' THEN
+    IF sql ~* '^\s*create\s+((local|global)\s+)?temp' THEN
         RETURN;
     END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, path, '[]', current_user);
+    PERFORM quorate.emit_ddl(sql, tg_tag, ddl ->> 'path', '[]', (ddl ->> 'role')::name);
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_ddl_end() RETURNS event_trigger
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    path    text := pg_catalog.current_setting('search_path');
-    context text;
+    ddl     jsonb := current_setting('quorate.ddl');
+    context text := ddl ->> 'context';
     sql     text;
     classes oid[];
     objects oid[];
@@ -270,18 +307,17 @@ DECLARE
     n_ours  bigint;
     s       oid;
 BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
     IF tg_tag LIKE '%EXTENSION' THEN
-        PERFORM pg_catalog.set_config('quorate.extension_script', '', true);
+        PERFORM set_config('quorate.extension_script', '', true);
         PERFORM quorate.own_sequences();
-    ELSIF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+    ELSIF quorate.in_extension_script() THEN
         RETURN;
     END IF;
-    SELECT pg_catalog.array_agg(c.classid), pg_catalog.array_agg(c.objid),
-           pg_catalog.count(*) FILTER (WHERE c.schema_name = 'pg_temp'), pg_catalog.count(*),
-           pg_catalog.count(*) FILTER (WHERE c.schema_name = 'quorate' OR c.object_identity = 'quorate' AND c.object_type = 'schema')
+    SELECT array_agg(c.classid), array_agg(c.objid),
+           count(*) FILTER (WHERE c.schema_name = 'pg_temp'), count(*),
+           count(*) FILTER (WHERE c.schema_name = 'quorate' OR c.object_identity = 'quorate' AND c.object_type = 'schema')
       INTO classes, objects, n_temp, n_all, n_ours
-      FROM pg_catalog.pg_event_trigger_ddl_commands() c WHERE NOT c.in_extension;
+      FROM pg_event_trigger_ddl_commands() c WHERE NOT c.in_extension;
     IF n_all = 0 THEN
         RETURN; -- nothing was done (IF NOT EXISTS), or the sql_drop trigger has spoken
     END IF;
@@ -289,7 +325,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'the schema quorate belongs to the cluster';
     END IF;
     IF n_temp = n_all THEN
-        IF tg_tag = 'CREATE TABLE AS' AND quorate.ddl_text(context) OPERATOR(pg_catalog.!~*) '^\s*create\s+((local|global)\s+)?temp' THEN
+        IF tg_tag = 'CREATE TABLE AS' AND quorate.ddl_text(context) !~* '^\s*create\s+((local|global)\s+)?temp' THEN
             RAISE EXCEPTION USING ERRCODE = '0A000',
                 MESSAGE = 'a temporary table made by naming pg_temp cannot be told from a permanent one in time',
                 HINT = 'Use CREATE TEMPORARY TABLE … AS.';
@@ -297,10 +333,10 @@ BEGIN
         RETURN;
     END IF;
     FOR s IN
-        SELECT q.seqrelid FROM pg_catalog.pg_sequence q JOIN pg_catalog.pg_class c ON c.oid = q.seqrelid
+        SELECT q.seqrelid FROM pg_sequence q JOIN pg_class c ON c.oid = q.seqrelid
         WHERE c.relpersistence <> 't' AND
-          (q.seqrelid = ANY (objects) OR EXISTS (SELECT FROM pg_catalog.pg_depend d
-             WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = q.seqrelid AND d.refobjid = ANY (objects) AND d.deptype IN ('a', 'i')))
+          (q.seqrelid = ANY (objects) OR EXISTS (SELECT FROM pg_depend d
+             WHERE d.classid = 'pg_class'::regclass AND d.objid = q.seqrelid AND d.refobjid = ANY (objects) AND d.deptype IN ('a', 'i')))
     LOOP
         PERFORM quorate.own_sequence(s);
     END LOOP;
@@ -309,32 +345,32 @@ BEGIN
     ELSE
         sql := quorate.ddl_text(context);
     END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, path, quorate.affected_tables(tg_tag, sql, classes, objects), current_user);
+    PERFORM quorate.emit_ddl(sql, tg_tag, ddl ->> 'path', quorate.affected_tables(tg_tag, sql, classes, objects), (ddl ->> 'role')::name);
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_drop() RETURNS event_trigger
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    path    text := pg_catalog.current_setting('search_path');
-    context text;
+    ddl     jsonb := current_setting('quorate.ddl');
+    context text := ddl ->> 'context';
     n_temp  bigint;
     n_all   bigint;
     n_ours  bigint;
     tables  jsonb;
 BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
-    IF pg_catalog.current_setting('quorate.extension_script', true) = 'running' THEN
+    IF quorate.in_extension_script() THEN
         RETURN;
     END IF;
-    SELECT pg_catalog.count(*) FILTER (WHERE d.is_temporary AND d.original), pg_catalog.count(*) FILTER (WHERE d.original),
-           pg_catalog.count(*) FILTER (WHERE d.schema_name = 'quorate' OR d.object_type = 'schema' AND d.object_name = 'quorate'
+    SELECT count(*) FILTER (WHERE d.is_temporary AND d.original), count(*) FILTER (WHERE d.original),
+           count(*) FILTER (WHERE d.schema_name = 'quorate' OR d.object_type = 'schema' AND d.object_name = 'quorate'
              OR d.object_type IN ('event trigger', 'publication') AND d.object_name LIKE 'quorate%'),
-           coalesce(pg_catalog.jsonb_agg(DISTINCT pg_catalog.jsonb_build_array(d.schema_name, d.object_name)) FILTER (WHERE d.object_type = 'table' AND NOT d.is_temporary), '[]')
-           || coalesce(pg_catalog.jsonb_agg(DISTINCT pg_catalog.jsonb_build_array(d.address_names[1], d.address_names[2]))
+           coalesce(jsonb_agg(DISTINCT jsonb_build_array(d.schema_name, d.object_name)) FILTER (WHERE d.object_type = 'table' AND NOT d.is_temporary), '[]')
+           || coalesce(jsonb_agg(DISTINCT jsonb_build_array(d.address_names[1], d.address_names[2]))
                 FILTER (WHERE d.object_type IN ('trigger', 'policy', 'rule', 'table constraint', 'table column') AND NOT d.is_temporary), '[]')
       INTO n_temp, n_all, n_ours, tables
-      FROM pg_catalog.pg_event_trigger_dropped_objects() d;
+      FROM pg_event_trigger_dropped_objects() d;
     IF n_ours > 0 THEN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'the schema quorate belongs to the cluster';
     END IF;
@@ -349,7 +385,7 @@ BEGIN
     IF tg_tag IN ('DROP EXTENSION', 'DROP OWNED') THEN
         tables := NULL;
     END IF;
-    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, path, tables, current_user);
+    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, ddl ->> 'path', tables, (ddl ->> 'role')::name);
 END $$;
 
 -- A default that differs each time it is computed would give every node other rows.
@@ -468,8 +504,15 @@ GRANT SELECT ON quorate.nodes, quorate.heartbeats, quorate.status, quorate.trans
 
 DO $$
 BEGIN
+    -- they fire in the order of their names
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_before_ddl_start') THEN
+        CREATE EVENT TRIGGER quorate_before_ddl_start ON ddl_command_start
+            WHEN TAG IN ('CREATE TABLE AS', 'SELECT INTO', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl();
+        CREATE EVENT TRIGGER quorate_before_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate.on_ddl();
+        CREATE EVENT TRIGGER quorate_before_drop ON sql_drop EXECUTE FUNCTION quorate.on_ddl();
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_start') THEN
-        CREATE EVENT TRIGGER quorate_ddl_start ON ddl_command_start 
+        CREATE EVENT TRIGGER quorate_ddl_start ON ddl_command_start
             WHEN TAG IN ('CREATE TABLE AS', 'SELECT INTO', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl_start();
     END IF;
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_end') THEN
