@@ -127,6 +127,8 @@ func (r *recorder) awaitCount(t testing.TB, n int) []Entry {
 // testNode is one member: what survives a restart, and what is running.
 type testNode struct {
 	config  Config
+	member  Member
+	out     bool // not a member: it has no leader to agree on
 	c       *Consensus
 	machine *recorder
 	server  *grpc.Server
@@ -151,22 +153,27 @@ func newCluster(t testing.TB, n int, change func(*Config)) *testCluster {
 		cluster.stopAll()
 		requireNoGoroutines(t)
 	})
-	for i := range n {
-		cfg := Config{
-			Node: txn.NodeID(i + 1), Dir: filepath.Join(t.TempDir(), "raft"), RaftAddress: members[i].RaftAddress,
-			Bootstrap: members,
-			// As long a lease as possible: the machine may be busy with other tests.
-			HeartbeatTimeout: 800 * time.Millisecond, ElectionTimeout: 800 * time.Millisecond, LeaderLease: 800 * time.Millisecond, VerifyInterval: time.Hour, Logger: testLogger(t, i+1),
-		}
-		if change != nil {
-			change(&cfg)
-		}
-		cluster.nodes = append(cluster.nodes, &testNode{config: cfg})
+	for _, m := range members {
+		cluster.create(m, members, change)
 	}
 	for i := range n {
 		cluster.start(i)
 	}
 	return cluster
+}
+
+// create makes a node that is not started yet.
+func (tc *testCluster) create(m Member, bootstrap []Member, change func(*Config)) {
+	cfg := Config{
+		Node: m.Node, Dir: filepath.Join(tc.t.TempDir(), "raft"), RaftAddress: m.RaftAddress, Bootstrap: bootstrap,
+		// As long a lease as possible: the machine may be busy with other tests.
+		HeartbeatTimeout: 800 * time.Millisecond, ElectionTimeout: 800 * time.Millisecond, LeaderLease: 800 * time.Millisecond,
+		VerifyInterval: time.Hour, Logger: testLogger(tc.t, int(m.Node)),
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	tc.nodes = append(tc.nodes, &testNode{config: cfg, member: m})
 }
 
 func (tc *testCluster) start(i int) {
@@ -181,7 +188,7 @@ func (tc *testCluster) start(i int) {
 	n.c = c
 	n.server = grpc.NewServer()
 	c.Register(n.server)
-	l, err := net.Listen("tcp", n.config.Bootstrap[i].GRPCAddress)
+	l, err := net.Listen("tcp", n.member.GRPCAddress)
 	if err != nil {
 		tc.t.Fatal(err)
 	}
@@ -236,7 +243,7 @@ func (tc *testCluster) agreed(ctx context.Context) (txn.NodeID, <-chan struct{})
 	var common txn.NodeID
 	var first <-chan struct{}
 	for _, n := range tc.nodes {
-		if n.c == nil {
+		if n.c == nil || n.out {
 			continue
 		}
 		node, err := n.c.WaitLeader(ctx)
@@ -274,7 +281,7 @@ var closedChannel = func() chan struct{} {
 
 func (tc *testCluster) follower() int { return (tc.leader() + 1) % len(tc.nodes) }
 
-// propose must succeed, once a leader is known.
+// propose must succeed, without ever being in doubt, once a leader is known.
 func (tc *testCluster) propose(i int, data string) txn.LogIndex {
 	tc.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)

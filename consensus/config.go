@@ -33,23 +33,20 @@ const (
 	maxAppend = 128
 )
 
-// Member is one voting node.
-type Member struct {
-	Node        txn.NodeID
-	RaftAddress string // host:port
-	GRPCAddress string // host:port of the server that Register was called with
-}
-
-// Config is what Open needs. Node, Dir, RaftAddress and Bootstrap are mandatory.
+// Config is what Open needs. Node, Dir and RaftAddress are mandatory.
 type Config struct {
 	// Node is this node's identity, for the life of the cluster. A node that lost its Dir must come back under a new one.
 	Node txn.NodeID
 	// Dir is where log, vote and snapshots live. It is created if missing, and belongs to one process at a time.
 	Dir string
-	// RaftAddress is the host:port to listen on for Raft, which other members reach this node by.
+	// ClusterID tells this group from every other: its members turn away whoever names another one.
+	ClusterID [16]byte
+	// RaftAddress is the host:port to listen on for Raft. Where other members reach this node is for the group's
+	// configuration to say.
 	RaftAddress string
-	// Bootstrap lists the members, this node included. It becomes the group's first configuration if the log is
-	// empty, and must then be the same on every member. On a log that holds entries only the gRPC addresses are used.
+	// Bootstrap founds a group. It lists the voters, this node included, becomes the first configuration if the log is
+	// empty, and must then be the same on all of them. Empty: the node waits until a leader adds it. It is not looked at
+	// if the log holds entries: who the members are is known by the log.
 	Bootstrap []Member
 	// LogStore is LogStoreWAL (default) or LogStoreBoltDB. It cannot be changed once the log holds entries.
 	LogStore string
@@ -78,6 +75,8 @@ type Config struct {
 	// TrailingLogs is how many entries stay in the log behind a snapshot, so that a member that was away can follow.
 	// One that is further behind must be cloned. Default 10240.
 	TrailingLogs uint64
+
+	walSegment int // bytes of a file of raft-wal's, which truncation deletes as a whole; 0: its default
 
 	// DialOptions are used towards other members' gRPC servers. Empty means without encryption, for loopback only.
 	DialOptions []grpc.DialOption
@@ -129,17 +128,15 @@ func (c *Config) validate() error {
 	}
 	seen := make(map[txn.NodeID]bool)
 	for _, m := range c.Bootstrap {
-		if m.Node == 0 || seen[m.Node] {
-			return fmt.Errorf("bootstrap: node %s is invalid or listed twice", m.Node)
+		if err := m.validate(); err != nil {
+			return fmt.Errorf("bootstrap: %w", err)
+		}
+		if seen[m.Node] {
+			return fmt.Errorf("bootstrap: node %s is listed twice", m.Node)
 		}
 		seen[m.Node] = true
-		for _, address := range []string{m.RaftAddress, m.GRPCAddress} {
-			if _, _, err := net.SplitHostPort(address); err != nil {
-				return fmt.Errorf("bootstrap: address of node %s: %w", m.Node, err)
-			}
-		}
 	}
-	if !seen[c.Node] {
+	if len(seen) > 0 && !seen[c.Node] {
 		return fmt.Errorf("bootstrap: node %s itself is not listed", c.Node)
 	}
 	return nil
@@ -171,7 +168,7 @@ func (c *Config) bootstrap() raft.Configuration {
 	var configuration raft.Configuration
 	for _, m := range members {
 		configuration.Servers = append(configuration.Servers, raft.Server{
-			Suffrage: raft.Voter, ID: serverID(m.Node), Address: raft.ServerAddress(m.RaftAddress),
+			Suffrage: raft.Voter, ID: serverID(m.Node), Address: serverAddress(m),
 		})
 	}
 	return configuration

@@ -5,13 +5,11 @@
 package consensus
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -102,14 +100,13 @@ type Status struct {
 	// LastContact is when this node last heard from the leader; zero if it leads or never has.
 	LastContact   time.Time
 	QuorumContact time.Time // see Consensus.QuorumContact
-	Members       []Member  // ascending
+	Members       []Member  // see Consensus.Members
 }
 
 // Consensus is one member of the group. All methods may be called from any goroutine.
 type Consensus struct {
 	config      Config
 	logger      *slog.Logger
-	members     *directory
 	dialOptions []grpc.DialOption
 	metrics     *metrics
 	stores      *stores
@@ -125,7 +122,10 @@ type Consensus struct {
 	contact   contact
 	transfers *transferWatch
 	local     *proposals
-	conns     map[txn.NodeID]*grpc.ClientConn // belongs to runLink; Close has it afterwards
+	conns     map[txn.NodeID]connection // belongs to runLink; Close has it afterwards
+
+	configured *configured
+	changing   chan struct{} // holds something during a change of the members
 
 	// What runs, grouped by when Close ends it.
 	closing context.Context // ended first
@@ -155,19 +155,20 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 	c := &Consensus{
 		config:      cfg,
 		logger:      cfg.Logger,
-		members:     newDirectory(cfg.Bootstrap),
 		dialOptions: dialOptions(cfg.DialOptions),
 		queue:       newRequestQueue(),
 		budget:      semaphore.NewWeighted(maxInFlight),
 		leading:     newLeadership(),
 		notices:     newNoticeBoard(),
-		conns:       make(map[txn.NodeID]*grpc.ClientConn),
+		conns:       make(map[txn.NodeID]connection),
+		configured:  newConfigured(cfg.Node),
+		changing:    make(chan struct{}, 1),
 		stopped:     make(chan struct{}),
 		failed:      make(chan struct{}),
 	}
 	c.closing, c.close = context.WithCancel(context.Background())
 	c.feed = newFeed(m)
-	c.feed.fail, c.feed.committed = c.fail, c.committed
+	c.feed.fail, c.feed.committed, c.feed.configured = c.fail, c.committed, c.configured.set
 	c.transfers = &transferWatch{limit: 2 * cfg.ElectionTimeout, stuck: c.fail}
 	c.metrics = newMetrics(c.Status)
 	if err := c.open(); err != nil {
@@ -183,6 +184,7 @@ func (c *Consensus) open() (err error) {
 		return err
 	}
 	c.feed.read, c.feed.latest = c.stores.log.GetLog, c.stores.latestSnapshot
+	c.feed.restored = c.stores.snapshotConfiguration
 	if c.transport, err = c.listen(); err != nil {
 		return err
 	}
@@ -195,7 +197,7 @@ func (c *Consensus) open() (err error) {
 
 // dialOptions adds to the caller's what links need: a leader that comes back must be found again soon.
 func dialOptions(given []grpc.DialOption) []grpc.DialOption {
-	options := []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+	options := []grpc.DialOption{grpc.WithNoProxy(), grpc.WithConnectParams(grpc.ConnectParams{
 		Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 		MinConnectTimeout: 2 * time.Second,
 	})}
@@ -206,9 +208,8 @@ func dialOptions(given []grpc.DialOption) []grpc.DialOption {
 }
 
 func (c *Consensus) listen() (*transport, error) {
-	self, _ := c.members.lookup(c.config.Node) // validate has seen it
 	return listenRaft(c.config.RaftAddress, transportConfig{
-		advertise:      raft.ServerAddress(self.RaftAddress),
+		id:             serverID(c.config.Node),
 		logger:         newHCLog(c.logger),
 		refuseSnapshot: c.refuseSnapshot,
 		injected:       c.metrics.notices.Inc,
@@ -221,7 +222,7 @@ func (c *Consensus) startRaft() error {
 	if err != nil {
 		return fmt.Errorf("read state: %w", err)
 	}
-	if !existing {
+	if !existing && len(c.config.Bootstrap) > 0 {
 		err := raft.BootstrapCluster(conf, c.stores.log, c.stores.stable, c.stores.snapshots, c.transport, c.config.bootstrap())
 		if err != nil {
 			return fmt.Errorf("bootstrap: %w", err)
@@ -445,7 +446,7 @@ func (c *Consensus) Status() Status {
 		LastIndex:     txn.LogIndex(c.raft.LastIndex()),
 		CommitIndex:   txn.LogIndex(c.raft.CommitIndex()),
 		AppliedIndex:  txn.LogIndex(c.feed.applied.Load()),
-		Members:       c.members.list(),
+		Members:       c.Members(),
 		QuorumContact: c.QuorumContact(),
 	}
 	if s.State != Leader {
@@ -496,8 +497,8 @@ func (c *Consensus) shut() error {
 		close(c.local.pending)
 	}
 	c.futures.Wait()
-	for _, conn := range c.conns {
-		keep(conn.Close())
+	for _, to := range c.conns {
+		keep(to.Close())
 	}
 	c.feed.halt() // Raft's FSM goroutine may wait for a snapshot of the machine
 	if c.raft != nil {
@@ -520,7 +521,8 @@ func (c *Consensus) shut() error {
 // handOver lets another member lead at once, rather than after the others have missed this one for a while. Nobody
 // proposes here any more, so that issue 696 of hashicorp/raft, a transfer that never ends, does no harm.
 func (c *Consensus) handOver() {
-	if c.raft.State() != raft.Leader || len(c.members.list()) == 1 {
+	others := slices.DeleteFunc(voters(c.servers()), func(id raft.ServerID) bool { return id == serverID(c.config.Node) })
+	if c.raft.State() != raft.Leader || len(others) == 0 {
 		return
 	}
 	if err := c.raft.LeadershipTransfer().Error(); err != nil {
@@ -554,32 +556,4 @@ func (g *gate) close() {
 	g.closed = true
 	g.mu.Unlock()
 	g.inside.Wait()
-}
-
-// directory is the one place that knows the members.
-type directory struct {
-	mu     sync.Mutex
-	byNode map[txn.NodeID]Member
-}
-
-func newDirectory(members []Member) *directory {
-	d := &directory{byNode: make(map[txn.NodeID]Member)}
-	for _, m := range members {
-		d.byNode[m.Node] = m
-	}
-	return d
-}
-
-func (d *directory) lookup(n txn.NodeID) (Member, bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	m, ok := d.byNode[n]
-	return m, ok
-}
-
-// list returns the members, ascending.
-func (d *directory) list() []Member {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return slices.SortedFunc(maps.Values(d.byNode), func(a, b Member) int { return cmp.Compare(a.Node, b.Node) })
 }

@@ -510,13 +510,16 @@ func TestTransferLeadership(t *testing.T) {
 	tc := newCluster(t, 3, nil)
 	old := tc.leader()
 	to := (old + 1) % 3
-	if err := tc.nodes[to].c.TransferLeadership(0); err == nil {
-		t.Error("a follower handed over what it does not have")
+	if err := tc.nodes[to].c.TransferLeadership(t.Context(), 0); !errors.Is(err, ErrNotLeader) {
+		t.Errorf("a follower handed over: %v", err)
 	}
-	if err := tc.nodes[old].c.TransferLeadership(txn.NodeID(old + 1)); err == nil {
-		t.Error("handed over to itself")
+	if err := tc.nodes[old].c.TransferLeadership(t.Context(), txn.NodeID(old+1)); err != nil {
+		t.Errorf("to who leads already: %v", err)
 	}
-	if err := tc.nodes[old].c.TransferLeadership(txn.NodeID(to + 1)); err != nil {
+	if err := tc.nodes[old].c.TransferLeadership(t.Context(), 9); !errors.Is(err, ErrNotMember) {
+		t.Errorf("to nobody: %v", err)
+	}
+	if err := tc.nodes[old].c.TransferLeadership(t.Context(), txn.NodeID(to+1)); err != nil {
 		t.Fatal(err)
 	}
 	if got := tc.leader(); got != to {

@@ -71,6 +71,7 @@ type answers struct {
 	mu   sync.Mutex
 	term uint64
 	sent map[raft.ServerID]time.Time
+	more chan struct{} // closed by the next answer; nil: nobody waits
 }
 
 func (a *answers) note(from raft.ServerID, term uint64, sent time.Time) {
@@ -81,23 +82,31 @@ func (a *answers) note(from raft.ServerID, term uint64, sent time.Time) {
 	}
 	if term == a.term && sent.After(a.sent[from]) {
 		a.sent[from] = sent
+		if a.more != nil {
+			close(a.more)
+			a.more = nil
+		}
 	}
 }
 
-// since reports whether, of a group of so many members, a majority with this node in it has answered messages of term
-// that were sent after began.
-func (a *answers) since(began time.Time, term uint64, members int) bool {
+// since reports whether a majority of voters, self among them or not, has answered messages of term that were sent after
+// began. If not, more is closed with the next answer.
+func (a *answers) since(began time.Time, term uint64, voters []raft.ServerID, self raft.ServerID) (ok bool, more <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	count := 1
-	if term == a.term {
-		for _, sent := range a.sent {
-			if sent.After(began) {
-				count++
-			}
+	count := 0
+	for _, id := range voters {
+		if id == self || term == a.term && a.sent[id].After(began) {
+			count++
 		}
 	}
-	return count > members/2
+	if count > len(voters)/2 {
+		return true, nil
+	}
+	if a.more == nil {
+		a.more = make(chan struct{})
+	}
+	return false, a.more
 }
 
 // AppendEntries implements raft.Transport. Heartbeats come this way, so what is pipelined need not be looked at.

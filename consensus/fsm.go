@@ -37,6 +37,9 @@ type feed struct {
 	fail    func(error)                             // the node must stop
 	// committed is told each batch's last entry before anything else happens to the batch.
 	committed func(term uint64, index txn.LogIndex)
+	// configured is told each committed configuration, restored where to find the one that a restored snapshot has.
+	configured func(index uint64, servers []raft.Server)
+	restored   func() (index uint64, servers []raft.Server, err error)
 	// latest opens the newest snapshot and tells its index; nil if there is none.
 	latest func() (uint64, io.ReadCloser, error)
 
@@ -94,7 +97,7 @@ var _ raft.BatchingFSM = (*feed)(nil)
 // Apply implements raft.FSM.
 func (f *feed) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 
-// ApplyBatch implements raft.BatchingFSM. Beside commands it gets configurations, which are Raft's own affair.
+// ApplyBatch implements raft.BatchingFSM. Beside commands it gets configurations, which are not the machine's affair.
 func (f *feed) ApplyBatch(logs []*raft.Log) []any {
 	last := logs[len(logs)-1]
 	// First of all the notice: followers have a whole apply to do that need not wait for ours.
@@ -107,6 +110,11 @@ func (f *feed) ApplyBatch(logs []*raft.Log) []any {
 	}
 	f.mu.Unlock()
 	f.signal()
+	for _, l := range logs {
+		if l.Type == raft.LogConfiguration {
+			f.configured(l.Index, raft.DecodeConfiguration(l.Data).Servers)
+		}
+	}
 	return make([]any, len(logs))
 }
 
@@ -338,6 +346,11 @@ func (f *feed) Restore(from io.ReadCloser) error {
 	if err != nil {
 		return err
 	}
+	at, servers, err := f.restored()
+	if err != nil {
+		return err
+	}
+	f.configured(at, servers)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.taken, f.base = index, index

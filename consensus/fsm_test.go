@@ -17,6 +17,8 @@ func newTestFeed(t *testing.T, m Machine) (*feed, *raft.InmemStore) {
 	log := raft.NewInmemStore()
 	f := newFeed(m)
 	f.read, f.fail, f.committed = log.GetLog, func(err error) { t.Error(err) }, func(uint64, txn.LogIndex) {}
+	f.configured = func(uint64, []raft.Server) {}
+	f.restored = func() (uint64, []raft.Server, error) { return 0, nil, nil }
 	var running sync.WaitGroup
 	running.Go(f.run)
 	t.Cleanup(func() {
@@ -25,6 +27,8 @@ func newTestFeed(t *testing.T, m Machine) (*feed, *raft.InmemStore) {
 	})
 	return f, log
 }
+
+var noServers = raft.EncodeConfiguration(raft.Configuration{})
 
 // A machine that is behind costs a bounded amount of memory, and misses nothing.
 func TestFeedSpillsToLog(t *testing.T) {
@@ -37,7 +41,7 @@ func TestFeedSpillsToLog(t *testing.T) {
 		l := &raft.Log{Index: index, Term: 1, Data: []byte{byte(index)}}
 		switch index % 10 {
 		case 3:
-			l.Type = raft.LogConfiguration
+			l.Type, l.Data = raft.LogConfiguration, noServers
 		case 7:
 			l.Type = raft.LogNoop
 		default:
@@ -82,7 +86,7 @@ func TestSnapshotRoundTrip(t *testing.T) {
 	m := newRecorder()
 	f, _ := newTestFeed(t, m)
 	// The last entry is a configuration: Raft's index of the snapshot is then not that of our last command.
-	f.ApplyBatch([]*raft.Log{{Index: 5, Term: 2, Data: []byte("five")}, {Index: 6, Term: 2, Type: raft.LogConfiguration}})
+	f.ApplyBatch([]*raft.Log{{Index: 5, Term: 2, Data: []byte("five")}, {Index: 6, Term: 2, Type: raft.LogConfiguration, Data: noServers}})
 	snapshot, err := f.Snapshot()
 	if err != nil {
 		t.Fatal(err)

@@ -170,29 +170,74 @@ func (c *Consensus) leads(r *reign) bool {
 	return r.Leader == c.config.Node && c.raft.State() == raft.Leader && c.raft.CurrentTerm() == r.Term
 }
 
-// TransferLeadership makes another member lead: to, or with 0 the one that is furthest. Called on a node that does not
-// lead it fails. The target is first brought up to date; if that takes longer than the election timeout, this node
-// goes on leading. Meanwhile, proposals are refused.
-func (c *Consensus) TransferLeadership(to txn.NodeID) error {
-	if !c.calls.enter() {
-		return fmt.Errorf("transfer leadership: %w", txn.ErrClosed)
-	}
-	defer c.calls.leave()
-	c.transfers.begin()
-	if to == 0 {
-		if err := c.raft.LeadershipTransfer().Error(); err != nil {
-			return fmt.Errorf("transfer leadership: %w", err)
-		}
-		return nil
-	}
-	m, ok := c.members.lookup(to)
-	if !ok || to == c.config.Node {
-		return fmt.Errorf("transfer leadership to node %s: not another member", to)
-	}
-	if err := c.raft.LeadershipTransferToServer(serverID(to), raft.ServerAddress(m.RaftAddress)).Error(); err != nil {
-		return fmt.Errorf("transfer leadership to node %s: %w", to, err)
+// TransferLeadership makes another voter lead: to, or with 0 the one that is furthest. It returns when that one does. On
+// a node that does not lead the error wraps ErrNotLeader. The target is first brought up to date; if that takes longer
+// than the election timeout, this node goes on leading. Meanwhile, proposals are refused.
+func (c *Consensus) TransferLeadership(ctx context.Context, to txn.NodeID) error {
+	if err := c.transferLeadership(ctx, to); err != nil {
+		return fmt.Errorf("transfer leadership to %s: %w", target(to), err)
 	}
 	return nil
+}
+
+func target(n txn.NodeID) string {
+	if n == 0 {
+		return "another node"
+	}
+	return "node " + n.String()
+}
+
+func (c *Consensus) transferLeadership(ctx context.Context, to txn.NodeID) error {
+	if !c.calls.enter() {
+		return fmt.Errorf("%w: %w", ErrNotLeader, txn.ErrClosed)
+	}
+	defer c.calls.leave()
+	r := c.leading.current()
+	if r.Leader != c.config.Node {
+		return errNotLeader(r.Leadership)
+	}
+	ask := c.raft.LeadershipTransfer
+	if to != 0 {
+		s, err := find(c.servers(), to)
+		switch {
+		case err != nil:
+			return err
+		case s.Suffrage != raft.Voter:
+			return errors.New("it has no vote")
+		case to == c.config.Node:
+			return nil
+		}
+		ask = func() raft.Future { return c.raft.LeadershipTransferToServer(s.ID, s.Address) }
+	}
+	c.transfers.begin()
+	answer := make(chan error, 1)
+	c.futures.Go(func() { answer <- ask().Error() })
+	select {
+	case err := <-answer:
+		if errors.Is(err, raft.ErrNotLeader) {
+			return fmt.Errorf("%w: %w", ErrNotLeader, err)
+		}
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	leader, err := c.waitOther(ctx, r)
+	if err == nil && leader != to && to != 0 {
+		err = fmt.Errorf("node %s was elected", leader)
+	}
+	return err
+}
+
+// waitOther waits until the reign has ended and who leads next is known.
+func (c *Consensus) waitOther(ctx context.Context, r *reign) (txn.NodeID, error) {
+	select {
+	case <-r.ctx.Done():
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	return c.WaitLeader(ctx)
 }
 
 // transferWatch finds out that a leadership transfer never ends: one that a step-down interrupts can leave Raft

@@ -2,7 +2,9 @@ package consensus
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -136,6 +138,12 @@ func (c *Consensus) remoteLink(r *reign) error {
 	if err != nil {
 		return fmt.Errorf("open link: %w", err)
 	}
+	hello := &pb.ToLeader{Hello: &pb.Hello{
+		Cluster: c.config.ClusterID[:], From: uint32(c.config.Node), To: uint32(r.Leader),
+	}}
+	if err := stream.Send(hello); err != nil && !errors.Is(err, io.EOF) { // of which the receiver learns the cause
+		return fmt.Errorf("open link: %w", err)
+	}
 	sent := newSentRequests()
 	var receiver sync.WaitGroup
 	receiver.Go(func() {
@@ -176,6 +184,9 @@ func (c *Consensus) receive(stream grpc.BidiStreamingClient[pb.ToLeader, pb.From
 		}
 		for _, a := range m.GetAnswers() {
 			sent.answer(a)
+		}
+		if m.GetRemoved() {
+			c.configured.gone()
 		}
 	}
 }
@@ -235,19 +246,29 @@ func (s *sentRequests) abandon(err error) {
 	}
 }
 
-// connect returns the connection to a member's gRPC server, which is made once and mends itself.
+// connection leads to a member's gRPC server.
+type connection struct {
+	*grpc.ClientConn
+	address string
+}
+
+// connect returns the connection to a member's gRPC server, which is made once for an address and mends itself.
 func (c *Consensus) connect(to txn.NodeID) (*grpc.ClientConn, error) {
-	if conn := c.conns[to]; conn != nil {
-		return conn, nil
+	m, ok := c.member(to)
+	if !ok { // the log here may not be so far
+		return nil, fmt.Errorf("connect to node %s: its gRPC address is not known yet", to)
 	}
-	m, ok := c.members.lookup(to)
-	if !ok {
-		return nil, fmt.Errorf("connect to node %s: its gRPC address is not known", to)
+	had, ok := c.conns[to]
+	if ok && had.address == m.GRPCAddress {
+		return had.ClientConn, nil
 	}
 	conn, err := grpc.NewClient(m.GRPCAddress, c.dialOptions...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to node %s: %w", to, err)
 	}
-	c.conns[to] = conn
-	return conn, nil
+	c.conns[to] = connection{conn, m.GRPCAddress}
+	if ok {
+		err = had.Close()
+	}
+	return conn, err
 }

@@ -76,7 +76,7 @@ func openStores(cfg *Config, onStored func(index, term uint64), onFailed func(er
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("create log directory: %w", err)
 		}
-		w, err := wal.Open(dir, wal.WithLogger(newHCLog(cfg.Logger)))
+		w, err := wal.Open(dir, wal.WithLogger(newHCLog(cfg.Logger)), wal.WithSegmentSize(cfg.walSegment))
 		if err != nil {
 			return nil, fmt.Errorf("open log store: %w", err)
 		}
@@ -392,6 +392,19 @@ func (s *stores) latestSnapshot() (index uint64, from io.ReadCloser, err error) 
 		return 0, nil, fmt.Errorf("open snapshot %s: %w", list[0].ID, err)
 	}
 	return meta.Index, from, nil
+}
+
+// snapshotConfiguration returns the configuration of the newest snapshot, which is the one that Raft restores unless it
+// cannot be read.
+func (s *stores) snapshotConfiguration() (index uint64, servers []raft.Server, err error) {
+	list, err := s.snapshots.List()
+	if err == nil && len(list) == 0 {
+		err = errors.New("there is none")
+	}
+	if err != nil {
+		return 0, nil, fmt.Errorf("look for the restored snapshot: %w", err)
+	}
+	return list[0].ConfigurationIndex, list[0].Configuration.Servers, nil
 }
 
 // readEntry returns the command at index.

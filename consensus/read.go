@@ -75,18 +75,24 @@ func (c *Consensus) readRound() (txn.LogIndex, error) {
 	// barrier that primed the reign.
 	began := time.Now()
 	index := txn.LogIndex(c.feed.handed.Load())
+	// This only has heartbeats sent at once. Its answer is not worth waiting for. It counts members without a vote, and
+	// answers to heartbeats that were under way already: if this process was frozen in between, they may be of a time
+	// before somebody else was elected. And it never comes if whom it waits for is removed.
+	_ = c.raft.VerifyLeader()
 	for {
-		if err := c.raft.VerifyLeader().Error(); err != nil {
-			return 0, fmt.Errorf("%w: verify leadership: %w", txn.ErrNoQuorum, err)
-		}
-		// VerifyLeader speaks of the term it ran in. Had another led in between, index would say nothing about its entries.
+		ok, more := c.transport.answers.since(began, r.Term, voters(c.servers()), serverID(c.config.Node))
+		// Had another led in between, index would say nothing about its entries.
 		if !c.leads(r) {
 			return 0, fmt.Errorf("%w: leadership lost", txn.ErrNoQuorum)
 		}
-		// Raft also counts the answer to a heartbeat that was under way already. If this process was frozen in between,
-		// it may be of a time before somebody else was elected.
-		if c.transport.answers.since(began, r.Term, len(c.members.list())) {
+		if ok {
 			return index, nil
+		}
+		select {
+		case <-more:
+		case <-r.ctx.Done(): // without a majority at the latest when the lease ends
+		case <-c.closing.Done():
+			return 0, fmt.Errorf("%w: %w", txn.ErrNoQuorum, txn.ErrClosed)
 		}
 	}
 }

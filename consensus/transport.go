@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -56,8 +57,8 @@ type transport struct {
 }
 
 type transportConfig struct {
-	advertise raft.ServerAddress // where others reach this node
-	logger    hclog.Logger
+	id     raft.ServerID // this node
+	logger hclog.Logger
 	// refuseSnapshot, if it returns an error, is why a snapshot with that last index cannot be installed here.
 	refuseSnapshot func(lastIndex uint64) error
 	injected       func() // counts
@@ -83,8 +84,9 @@ func listenRaft(address string, conf transportConfig) (*transport, error) {
 	return t, nil
 }
 
-// LocalAddr implements raft.Transport. Unlike the address listened on it means something to others.
-func (t *transport) LocalAddr() raft.ServerAddress { return t.advertise }
+// LocalAddr implements raft.Transport. What Raft calls the address of a sender it only compares: where to reach somebody
+// is for its configuration to say, where it may change. So the identity does.
+func (t *transport) LocalAddr() raft.ServerAddress { return raft.ServerAddress(t.id) }
 
 // Consumer implements raft.Transport.
 func (t *transport) Consumer() <-chan raft.RPC { return t.out }
@@ -260,7 +262,8 @@ func listenStream(address string) (*streamLayer, error) {
 // Dial implements raft.StreamLayer.
 func (s *streamLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	d := net.Dialer{Timeout: timeout}
-	conn, err := d.DialContext(s.ctx, "tcp", string(address))
+	host, _, _ := strings.Cut(string(address), " ") // see serverAddress
+	conn, err := d.DialContext(s.ctx, "tcp", host)
 	if err != nil {
 		return nil, err
 	}

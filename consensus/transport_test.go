@@ -42,7 +42,7 @@ func listen(t *testing.T, refuse func(uint64) error) *transport {
 		refuse = func(uint64) error { return nil }
 	}
 	tr, err := listenRaft("127.0.0.1:0", transportConfig{
-		advertise: "me", logger: hclog.NewNullLogger(), refuseSnapshot: refuse, injected: func() {},
+		id: "me", logger: hclog.NewNullLogger(), refuseSnapshot: refuse, injected: func() {},
 	})
 	if err != nil {
 		t.Fatal(err)

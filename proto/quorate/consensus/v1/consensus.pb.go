@@ -83,6 +83,7 @@ func (Outcome) EnumDescriptor() ([]byte, []int) {
 type ToLeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Requests      []*Request             `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"`
+	Hello         *Hello                 `protobuf:"bytes,2,opt,name=hello,proto3" json:"hello,omitempty"` // in the first message, which holds nothing else
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -124,6 +125,75 @@ func (x *ToLeader) GetRequests() []*Request {
 	return nil
 }
 
+func (x *ToLeader) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+// Hello says who wants to follow whom. A leader turns away who is not a member: PERMISSION_DENIED, or
+// FAILED_PRECONDITION if it is not whom the caller takes it for.
+type Hello struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cluster       []byte                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"` // 16 bytes
+	From          uint32                 `protobuf:"varint,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            uint32                 `protobuf:"varint,3,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Hello) Reset() {
+	*x = Hello{}
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Hello) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Hello) ProtoMessage() {}
+
+func (x *Hello) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Hello.ProtoReflect.Descriptor instead.
+func (*Hello) Descriptor() ([]byte, []int) {
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Hello) GetCluster() []byte {
+	if x != nil {
+		return x.Cluster
+	}
+	return nil
+}
+
+func (x *Hello) GetFrom() uint32 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *Hello) GetTo() uint32 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
 // Request asks for one entry to be ordered, or for a read barrier.
 type Request struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -139,7 +209,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[1]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -151,7 +221,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[1]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -164,7 +234,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{1}
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Request) GetId() uint64 {
@@ -224,7 +294,7 @@ type ReadBarrier struct {
 
 func (x *ReadBarrier) Reset() {
 	*x = ReadBarrier{}
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[2]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -236,7 +306,7 @@ func (x *ReadBarrier) String() string {
 func (*ReadBarrier) ProtoMessage() {}
 
 func (x *ReadBarrier) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[2]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -249,7 +319,7 @@ func (x *ReadBarrier) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadBarrier.ProtoReflect.Descriptor instead.
 func (*ReadBarrier) Descriptor() ([]byte, []int) {
-	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{2}
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{3}
 }
 
 // FromLeader is what had gathered at the leader while the previous message was being sent.
@@ -257,13 +327,14 @@ type FromLeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Answers       []*Answer              `protobuf:"bytes,1,rep,name=answers,proto3" json:"answers,omitempty"`
 	Notice        *Notice                `protobuf:"bytes,2,opt,name=notice,proto3" json:"notice,omitempty"`
+	Removed       bool                   `protobuf:"varint,3,opt,name=removed,proto3" json:"removed,omitempty"` // the follower is no member any more; the stream ends with this message
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FromLeader) Reset() {
 	*x = FromLeader{}
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[3]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +346,7 @@ func (x *FromLeader) String() string {
 func (*FromLeader) ProtoMessage() {}
 
 func (x *FromLeader) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[3]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +359,7 @@ func (x *FromLeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FromLeader.ProtoReflect.Descriptor instead.
 func (*FromLeader) Descriptor() ([]byte, []int) {
-	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{3}
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FromLeader) GetAnswers() []*Answer {
@@ -305,6 +376,13 @@ func (x *FromLeader) GetNotice() *Notice {
 	return nil
 }
 
+func (x *FromLeader) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
 // Notice says that the leader of the term has committed everything up to the index, whose entry is of that term.
 type Notice struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -316,7 +394,7 @@ type Notice struct {
 
 func (x *Notice) Reset() {
 	*x = Notice{}
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[4]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -328,7 +406,7 @@ func (x *Notice) String() string {
 func (*Notice) ProtoMessage() {}
 
 func (x *Notice) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[4]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -341,7 +419,7 @@ func (x *Notice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Notice.ProtoReflect.Descriptor instead.
 func (*Notice) Descriptor() ([]byte, []int) {
-	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{4}
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Notice) GetTerm() uint64 {
@@ -371,7 +449,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[5]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -383,7 +461,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[5]
+	mi := &file_quorate_consensus_v1_consensus_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -396,7 +474,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{5}
+	return file_quorate_consensus_v1_consensus_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Answer) GetId() uint64 {
@@ -431,19 +509,25 @@ var File_quorate_consensus_v1_consensus_proto protoreflect.FileDescriptor
 
 const file_quorate_consensus_v1_consensus_proto_rawDesc = "" +
 	"\n" +
-	"$quorate/consensus/v1/consensus.proto\x12\x14quorate.consensus.v1\"E\n" +
+	"$quorate/consensus/v1/consensus.proto\x12\x14quorate.consensus.v1\"x\n" +
 	"\bToLeader\x129\n" +
-	"\brequests\x18\x01 \x03(\v2\x1d.quorate.consensus.v1.RequestR\brequests\"v\n" +
+	"\brequests\x18\x01 \x03(\v2\x1d.quorate.consensus.v1.RequestR\brequests\x121\n" +
+	"\x05hello\x18\x02 \x01(\v2\x1b.quorate.consensus.v1.HelloR\x05hello\"E\n" +
+	"\x05Hello\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\fR\acluster\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\rR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\rR\x02to\"v\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1a\n" +
 	"\apropose\x18\x02 \x01(\fH\x00R\apropose\x127\n" +
 	"\x04read\x18\x03 \x01(\v2!.quorate.consensus.v1.ReadBarrierH\x00R\x04readB\x06\n" +
 	"\x04body\"\r\n" +
-	"\vReadBarrier\"z\n" +
+	"\vReadBarrier\"\x94\x01\n" +
 	"\n" +
 	"FromLeader\x126\n" +
 	"\aanswers\x18\x01 \x03(\v2\x1c.quorate.consensus.v1.AnswerR\aanswers\x124\n" +
-	"\x06notice\x18\x02 \x01(\v2\x1c.quorate.consensus.v1.NoticeR\x06notice\"2\n" +
+	"\x06notice\x18\x02 \x01(\v2\x1c.quorate.consensus.v1.NoticeR\x06notice\x12\x18\n" +
+	"\aremoved\x18\x03 \x01(\bR\aremoved\"2\n" +
 	"\x06Notice\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\"\x7f\n" +
@@ -473,29 +557,31 @@ func file_quorate_consensus_v1_consensus_proto_rawDescGZIP() []byte {
 }
 
 var file_quorate_consensus_v1_consensus_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_quorate_consensus_v1_consensus_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_quorate_consensus_v1_consensus_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_quorate_consensus_v1_consensus_proto_goTypes = []any{
 	(Outcome)(0),        // 0: quorate.consensus.v1.Outcome
 	(*ToLeader)(nil),    // 1: quorate.consensus.v1.ToLeader
-	(*Request)(nil),     // 2: quorate.consensus.v1.Request
-	(*ReadBarrier)(nil), // 3: quorate.consensus.v1.ReadBarrier
-	(*FromLeader)(nil),  // 4: quorate.consensus.v1.FromLeader
-	(*Notice)(nil),      // 5: quorate.consensus.v1.Notice
-	(*Answer)(nil),      // 6: quorate.consensus.v1.Answer
+	(*Hello)(nil),       // 2: quorate.consensus.v1.Hello
+	(*Request)(nil),     // 3: quorate.consensus.v1.Request
+	(*ReadBarrier)(nil), // 4: quorate.consensus.v1.ReadBarrier
+	(*FromLeader)(nil),  // 5: quorate.consensus.v1.FromLeader
+	(*Notice)(nil),      // 6: quorate.consensus.v1.Notice
+	(*Answer)(nil),      // 7: quorate.consensus.v1.Answer
 }
 var file_quorate_consensus_v1_consensus_proto_depIdxs = []int32{
-	2, // 0: quorate.consensus.v1.ToLeader.requests:type_name -> quorate.consensus.v1.Request
-	3, // 1: quorate.consensus.v1.Request.read:type_name -> quorate.consensus.v1.ReadBarrier
-	6, // 2: quorate.consensus.v1.FromLeader.answers:type_name -> quorate.consensus.v1.Answer
-	5, // 3: quorate.consensus.v1.FromLeader.notice:type_name -> quorate.consensus.v1.Notice
-	0, // 4: quorate.consensus.v1.Answer.outcome:type_name -> quorate.consensus.v1.Outcome
-	1, // 5: quorate.consensus.v1.Consensus.Link:input_type -> quorate.consensus.v1.ToLeader
-	4, // 6: quorate.consensus.v1.Consensus.Link:output_type -> quorate.consensus.v1.FromLeader
-	6, // [6:7] is the sub-list for method output_type
-	5, // [5:6] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	3, // 0: quorate.consensus.v1.ToLeader.requests:type_name -> quorate.consensus.v1.Request
+	2, // 1: quorate.consensus.v1.ToLeader.hello:type_name -> quorate.consensus.v1.Hello
+	4, // 2: quorate.consensus.v1.Request.read:type_name -> quorate.consensus.v1.ReadBarrier
+	7, // 3: quorate.consensus.v1.FromLeader.answers:type_name -> quorate.consensus.v1.Answer
+	6, // 4: quorate.consensus.v1.FromLeader.notice:type_name -> quorate.consensus.v1.Notice
+	0, // 5: quorate.consensus.v1.Answer.outcome:type_name -> quorate.consensus.v1.Outcome
+	1, // 6: quorate.consensus.v1.Consensus.Link:input_type -> quorate.consensus.v1.ToLeader
+	5, // 7: quorate.consensus.v1.Consensus.Link:output_type -> quorate.consensus.v1.FromLeader
+	7, // [7:8] is the sub-list for method output_type
+	6, // [6:7] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_quorate_consensus_v1_consensus_proto_init() }
@@ -503,7 +589,7 @@ func file_quorate_consensus_v1_consensus_proto_init() {
 	if File_quorate_consensus_v1_consensus_proto != nil {
 		return
 	}
-	file_quorate_consensus_v1_consensus_proto_msgTypes[1].OneofWrappers = []any{
+	file_quorate_consensus_v1_consensus_proto_msgTypes[2].OneofWrappers = []any{
 		(*Request_Propose)(nil),
 		(*Request_Read)(nil),
 	}
@@ -513,7 +599,7 @@ func file_quorate_consensus_v1_consensus_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_consensus_v1_consensus_proto_rawDesc), len(file_quorate_consensus_v1_consensus_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
