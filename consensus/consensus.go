@@ -228,6 +228,16 @@ func (c *Consensus) startRaft() error {
 			return fmt.Errorf("bootstrap: %w", err)
 		}
 	}
+	// What is there already is not stored again: without this, notices would not do for it.
+	var last raft.Log
+	index, err := c.stores.log.LastIndex()
+	if err == nil && index > 0 {
+		err = c.stores.log.GetLog(index, &last)
+	}
+	if err != nil {
+		return fmt.Errorf("read last entry: %w", err)
+	}
+	c.transport.stored(last.Index, last.Term)
 	c.raft, err = raft.NewRaft(conf, c.feed, c.stores.log, c.stores.stable, c.stores.snapshots, c.transport)
 	if err != nil {
 		return fmt.Errorf("start Raft: %w", err)

@@ -90,6 +90,13 @@ func TestFollowersHearOfALoneCommitByNotice(t *testing.T) {
 			t.Errorf("node %d injected no notice", i+1)
 		}
 	}
+	// Nor does one that comes back with everything in its log have to wait for more.
+	back := (leader + 1) % 3
+	last := tc.propose(leader, "last")
+	tc.nodes[back].machine.awaitIndex(t, last)
+	tc.stop(back)
+	tc.start(back)
+	tc.nodes[back].machine.awaitIndex(t, last)
 }
 
 // A new leader commits what its predecessor left, and followers apply it, without anything new being proposed.

@@ -125,6 +125,7 @@ func (t *transport) inspect(rpc raft.RPC) bool {
 		if m.Term > t.leader.Term {
 			t.leader = raft.AppendEntriesRequest{RPCHeader: m.RPCHeader, Term: m.Term}
 			t.committed = 0
+			t.wakeLocked() // its last entry may be here already
 		}
 		if m.Term == t.leader.Term {
 			t.committed = max(t.committed, m.LeaderCommitIndex)
@@ -203,6 +204,7 @@ func (t *transport) injection() (raft.RPC, bool) {
 // thread that a slow disk may hold up.
 func (t *transport) SetHeartbeatHandler(handle func(raft.RPC)) {
 	t.NetworkTransport.SetHeartbeatHandler(func(rpc raft.RPC) {
+		t.inspect(rpc)
 		if t.fastHeartbeat(rpc) {
 			handle(rpc)
 			return
