@@ -291,7 +291,7 @@ func (tc *testCluster) propose(i int, data string) txn.LogIndex {
 		if err == nil {
 			return index
 		}
-		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil || !errors.Is(err, txn.ErrNoQuorum) {
+		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil || ctx.Err() != nil || !errors.Is(err, txn.ErrNoQuorum) {
 			tc.t.Errorf("propose on node %d: %v, then %v", i+1, err, waitErr)
 			return 0
 		}
@@ -308,7 +308,7 @@ func (tc *testCluster) readIndex(i int) txn.LogIndex {
 		if err == nil {
 			return index
 		}
-		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil {
+		if _, waitErr := tc.nodes[i].c.WaitLeader(ctx); waitErr != nil || ctx.Err() != nil {
 			tc.t.Errorf("read index on node %d: %v, then %v", i+1, err, waitErr)
 			return 0
 		}

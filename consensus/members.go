@@ -172,7 +172,7 @@ func (c *Consensus) Promote(ctx context.Context, n txn.NodeID) error {
 	return nil
 }
 
-// Demote takes a member's vote. A leader that is demoted leads no longer. See AddNonvoter; the error wraps
+// Demote takes a member's vote. A leader that is demoted leads no longer when Demote returns. See AddNonvoter; the error wraps
 // ErrNotMember or ErrLastVoter where it applies.
 func (c *Consensus) Demote(ctx context.Context, n txn.NodeID) error {
 	if err := c.change(ctx, func(servers []raft.Server) (question, error) { return planDemote(servers, n) }); err != nil {
@@ -298,6 +298,12 @@ func (c *Consensus) change(ctx context.Context, plan plan) error {
 			return err
 		}
 		done, err := c.ask(ctx, ask, index)
+		if done && err == nil && !slices.Contains(voters(c.servers()), serverID(c.config.Node)) {
+			select {
+			case <-r.ctx.Done(): // which it is about to be
+			case <-ctx.Done():
+			}
+		}
 		if done {
 			return err
 		}

@@ -80,6 +80,7 @@ func (c *Consensus) readRound() (txn.LogIndex, error) {
 	// before somebody else was elected. And it never comes if whom it waits for is removed.
 	_ = c.raft.VerifyLeader()
 	for {
+		_, _, changed := c.configured.read()
 		ok, more := c.transport.answers.since(began, r.Term, voters(c.servers()), serverID(c.config.Node))
 		// Had another led in between, index would say nothing about its entries.
 		if !c.leads(r) {
@@ -90,6 +91,7 @@ func (c *Consensus) readRound() (txn.LogIndex, error) {
 		}
 		select {
 		case <-more:
+		case <-changed: // who is waited for may have lost its vote
 		case <-r.ctx.Done(): // without a majority at the latest when the lease ends
 		case <-c.closing.Done():
 			return 0, fmt.Errorf("%w: %w", txn.ErrNoQuorum, txn.ErrClosed)
