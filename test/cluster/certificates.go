@@ -24,6 +24,9 @@ func (c *Cluster) certify(ctx context.Context) error {
 		}
 		return err
 	}
+	if c.options.Certify != nil {
+		return c.options.Certify(c.CertDir())
+	}
 	if err := c.cert(ctx, "ca"); err != nil {
 		return err
 	}

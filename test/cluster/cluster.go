@@ -37,6 +37,9 @@ type Options struct {
 	Network *network.Network
 	// Certificates has the nodes run as in a Network, each by itself and all with certificates, although on loopback.
 	Certificates bool
+	// Certify makes the certificates in a directory, in place of the cluster: ca, node<i>, and operator, who may do
+	// everything.
+	Certify func(dir string) error
 	// Configuration is added to that of each node which is by itself.
 	Configuration string
 }
