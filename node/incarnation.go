@@ -51,7 +51,6 @@ type incarnation struct {
 	told      context.CancelFunc
 }
 
-
 // applyRetry is how long what must be applied next may fail for lack of resources before the node gives up and fences
 // itself: until then its clients see no more than a node that lags.
 const applyRetry = 5 * time.Second
@@ -162,6 +161,7 @@ func (i *incarnation) run() {
 	}
 	part("apply", i.pipeline.Run)
 	part("capture", i.capture.Run)
+	part("sequences", i.reserveSequences)
 	i.running.Go(func() { i.watchHealth(i.ctx) })
 	if i.n.server != nil {
 		stopped := i.n.server.Done()

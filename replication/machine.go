@@ -58,14 +58,15 @@ type Machine struct {
 	cfg    Config
 	failed bool
 
-	mu        sync.Mutex // guards what follows, against readers
-	certifier *certify.Certifier
-	index     txn.LogIndex
-	chunks    map[txn.GID]*chunkList
-	members   members
-	tokens    tokens
-	outcomes  outcomes
-	advanced  chan struct{} // closed when index has grown, if somebody waits for that
+	mu           sync.Mutex // guards what follows, against readers
+	certifier    *certify.Certifier
+	index        txn.LogIndex
+	chunks       map[txn.GID]*chunkList
+	members      members
+	tokens       tokens
+	reservations reservations
+	outcomes     outcomes
+	advanced     chan struct{} // closed when index has grown, if somebody waits for that
 }
 
 type chunkList struct {
@@ -76,7 +77,7 @@ type chunkList struct {
 func New(cfg Config) *Machine {
 	return &Machine{
 		cfg: cfg, certifier: certify.New(certify.Config{}), chunks: make(map[txn.GID]*chunkList),
-		members: newMembers(), tokens: make(tokens), outcomes: newOutcomes(keptOutcomes),
+		members: newMembers(), tokens: make(tokens), reservations: make(reservations), outcomes: newOutcomes(keptOutcomes),
 	}
 }
 
@@ -133,6 +134,10 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 		m.certifier.Advance(entry.Horizon)
 	case codec.KindToken:
 		m.tokens.add(*entry.Token)
+	case codec.KindReserve:
+		if member := m.members.all[entry.Reserve.Node]; member != nil {
+			m.reservations.add(member.Slot, *entry.Reserve)
+		}
 	}
 	return nil
 }
@@ -312,6 +317,8 @@ type header struct {
 	// Membership came later: a snapshot without is of a log that has not founded the cluster yet.
 	Membership *membersState `json:"membership,omitempty"`
 	Tokens     []codec.Token `json:"tokens,omitempty"`
+	// Reserved came with members that take the place of others.
+	Reserved reservations `json:"reserved,omitempty"`
 }
 
 // magic begins a snapshot; its last byte is the version.
@@ -326,7 +333,7 @@ func (m *Machine) Snapshot() (*Snapshot, error) {
 	}
 	h, err := json.Marshal(header{
 		Index: m.index, CSN: m.certifier.LastCSN(), Members: m.members.list(), Membership: m.members.state(), Outcomes: m.outcomes.encode(),
-		Tokens: m.tokens.list(),
+		Tokens: m.tokens.list(), Reserved: m.reservations,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encode snapshot header: %w", err)
@@ -393,6 +400,16 @@ func (m *Machine) Restore(r io.Reader) error {
 	m.chunks = make(map[txn.GID]*chunkList)
 	if !m.members.restore(h.Members, h.Membership) {
 		return fmt.Errorf("read members: %w", txn.ErrCorrupt)
+	}
+	m.reservations = make(reservations)
+	for slot, r := range h.Reserved {
+		if r == nil || slot < 0 || slot >= MaxSlots {
+			return fmt.Errorf("read reservations: %w", txn.ErrCorrupt)
+		}
+		if r.Values == nil {
+			r.Values = make(map[string]int64)
+		}
+		m.reservations[slot] = r
 	}
 	m.tokens = make(tokens)
 	for _, t := range h.Tokens {

@@ -49,9 +49,10 @@ const (
 	KindAdmit        Kind = 8
 	KindRemove       Kind = 9
 	KindToken        Kind = 10
+	KindReserve      Kind = 11
 )
 
-var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier", "found", "admit", "remove", "token"}
+var kindNames = [...]string{"", "transactions", "chunk", "abort", "horizon", "member", "barrier", "found", "admit", "remove", "token", "reserve"}
 
 // String returns the metric label.
 func (k Kind) String() string {
@@ -74,6 +75,7 @@ type Entry struct {
 	Admit        *Admit
 	Remove       *Remove
 	Token        *Token
+	Reserve      *Reserve
 }
 
 // Chunk is an earlier part of a large write set. Data holds pgoutput messages as txn.WriteSet.Changes does, and

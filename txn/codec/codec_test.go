@@ -40,6 +40,8 @@ func encode(e codec.Entry) []byte {
 		return codec.AppendRemove(nil, *e.Remove)
 	case codec.KindToken:
 		return codec.AppendToken(nil, e.Token)
+	case codec.KindReserve:
+		return codec.AppendReserve(nil, e.Reserve)
 	}
 	panic("entry of no kind")
 }
@@ -106,6 +108,12 @@ func generated(e codec.Entry) *logv1.Entry {
 		return &logv1.Entry{Kind: &logv1.Entry_Token{Token: &logv1.Token{
 			Id: e.Token.ID[:], Hash: e.Token.Hash[:], Uses: e.Token.Uses, Expires: e.Token.Expires, Time: e.Token.Time,
 		}}}
+	case codec.KindReserve:
+		m := &logv1.Reserve{Node: uint32(e.Reserve.Node), All: e.Reserve.All}
+		for _, s := range e.Reserve.Sequences {
+			m.Sequences = append(m.Sequences, &logv1.Reservation{Name: s.Name, Value: s.Value})
+		}
+		return &logv1.Entry{Kind: &logv1.Entry_Reserve{Reserve: m}}
 	}
 	panic("entry of no kind")
 }
@@ -170,7 +178,7 @@ func roles() *rapid.Generator[codec.Role] {
 func entries() *rapid.Generator[codec.Entry] {
 	text := rapid.StringN(0, 40, codec.MaxText)
 	return rapid.Custom(func(t *rapid.T) codec.Entry {
-		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 10).Draw(t, "kind"))}
+		e := codec.Entry{Kind: codec.Kind(rapid.IntRange(1, 11).Draw(t, "kind"))}
 		switch e.Kind {
 		case codec.KindTransactions:
 			e.Transactions = rapid.SliceOfN(writeSets(), 1, 8).Draw(t, "transactions")
@@ -220,6 +228,14 @@ func entries() *rapid.Generator[codec.Entry] {
 			e.Token = &codec.Token{
 				ID: uuids().Draw(t, "id"), Hash: codec.Hash(hashes().Draw(t, "hash")), Uses: rapid.Uint32().Draw(t, "uses"),
 				Expires: uints().Draw(t, "expires"), Time: uints().Draw(t, "time"),
+			}
+		case codec.KindReserve:
+			reservation := rapid.Custom(func(t *rapid.T) codec.Reservation {
+				return codec.Reservation{Name: text.Draw(t, "name"), Value: rapid.Int64().Draw(t, "value")}
+			})
+			e.Reserve = &codec.Reserve{
+				Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), All: rapid.Bool().Draw(t, "all"),
+				Sequences: rapid.SliceOfN(reservation, 0, 20).Draw(t, "sequences"),
 			}
 		}
 		return e
@@ -406,13 +422,14 @@ func TestAppendRefuses(t *testing.T) {
 		"long database": func() {
 			codec.AppendTransactions(nil, []*txn.WriteSet{{GID: txn.GID{Node: 1}, Database: strings.Repeat("d", codec.MaxText+1)}})
 		},
-		"chunk":  func() { codec.AppendChunk(nil, &codec.Chunk{}) },
-		"abort":  func() { codec.AppendAbort(nil, codec.Abort{}) },
-		"member": func() { codec.AppendMember(nil, &codec.Member{}) },
-		"found":  func() { codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}}) },
-		"admit":  func() { codec.AppendAdmit(nil, &codec.Admit{}) },
-		"remove": func() { codec.AppendRemove(nil, codec.Remove{}) },
-		"token":  func() { codec.AppendToken(nil, &codec.Token{}) },
+		"chunk":   func() { codec.AppendChunk(nil, &codec.Chunk{}) },
+		"abort":   func() { codec.AppendAbort(nil, codec.Abort{}) },
+		"member":  func() { codec.AppendMember(nil, &codec.Member{}) },
+		"found":   func() { codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}}) },
+		"admit":   func() { codec.AppendAdmit(nil, &codec.Admit{}) },
+		"remove":  func() { codec.AppendRemove(nil, codec.Remove{}) },
+		"token":   func() { codec.AppendToken(nil, &codec.Token{}) },
+		"reserve": func() { codec.AppendReserve(nil, &codec.Reserve{}) },
 	}
 	for name, write := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -44,6 +44,8 @@ func Decode(b []byte) (Entry, error) {
 		e.Remove = in.remove()
 	case KindToken:
 		e.Token = in.token()
+	case KindReserve:
+		e.Reserve = in.reserve()
 	default:
 		return Entry{}, outer.fail("entry has unknown kind %d", outer.field)
 	}

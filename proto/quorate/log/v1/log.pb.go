@@ -48,6 +48,7 @@ type Entry struct {
 	//	*Entry_Admit
 	//	*Entry_Remove
 	//	*Entry_Token
+	//	*Entry_Reserve
 	Kind          isEntry_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -180,6 +181,15 @@ func (x *Entry) GetToken() *Token {
 	return nil
 }
 
+func (x *Entry) GetReserve() *Reserve {
+	if x != nil {
+		if x, ok := x.Kind.(*Entry_Reserve); ok {
+			return x.Reserve
+		}
+	}
+	return nil
+}
+
 type isEntry_Kind interface {
 	isEntry_Kind()
 }
@@ -224,6 +234,10 @@ type Entry_Token struct {
 	Token *Token `protobuf:"bytes,10,opt,name=token,proto3,oneof"`
 }
 
+type Entry_Reserve struct {
+	Reserve *Reserve `protobuf:"bytes,11,opt,name=reserve,proto3,oneof"`
+}
+
 func (*Entry_Transactions) isEntry_Kind() {}
 
 func (*Entry_Chunk) isEntry_Kind() {}
@@ -243,6 +257,8 @@ func (*Entry_Admit) isEntry_Kind() {}
 func (*Entry_Remove) isEntry_Kind() {}
 
 func (*Entry_Token) isEntry_Kind() {}
+
+func (*Entry_Reserve) isEntry_Kind() {}
 
 // GID names one attempt to commit.
 type GID struct {
@@ -1105,6 +1121,119 @@ func (x *Token) GetTime() uint64 {
 	return 0
 }
 
+// Reserve says up to where a node may have given out values of sequences: whoever gets its slot after it begins beyond.
+type Reserve struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	All           bool                   `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"` // these are all sequences that the node has
+	Sequences     []*Reservation         `protobuf:"bytes,3,rep,name=sequences,proto3" json:"sequences,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reserve) Reset() {
+	*x = Reserve{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reserve) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reserve) ProtoMessage() {}
+
+func (x *Reserve) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reserve.ProtoReflect.Descriptor instead.
+func (*Reserve) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Reserve) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *Reserve) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *Reserve) GetSequences() []*Reservation {
+	if x != nil {
+		return x.Sequences
+	}
+	return nil
+}
+
+type Reservation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // schema and name, quoted where needed
+	Value         int64                  `protobuf:"zigzag64,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reservation) Reset() {
+	*x = Reservation{}
+	mi := &file_quorate_log_v1_log_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reservation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reservation) ProtoMessage() {}
+
+func (x *Reservation) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_log_v1_log_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reservation.ProtoReflect.Descriptor instead.
+func (*Reservation) Descriptor() ([]byte, []int) {
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Reservation) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Reservation) GetValue() int64 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
 // Remove ends a membership for good. What the node has not got into the log by then aborts.
 type Remove struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1116,7 +1245,7 @@ type Remove struct {
 
 func (x *Remove) Reset() {
 	*x = Remove{}
-	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
+	mi := &file_quorate_log_v1_log_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1257,7 @@ func (x *Remove) String() string {
 func (*Remove) ProtoMessage() {}
 
 func (x *Remove) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_log_v1_log_proto_msgTypes[13]
+	mi := &file_quorate_log_v1_log_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1270,7 @@ func (x *Remove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remove.ProtoReflect.Descriptor instead.
 func (*Remove) Descriptor() ([]byte, []int) {
-	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{13}
+	return file_quorate_log_v1_log_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Remove) GetNode() uint32 {
@@ -1162,7 +1291,7 @@ var File_quorate_log_v1_log_proto protoreflect.FileDescriptor
 
 const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\n" +
-	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\x8c\x04\n" +
+	"\x18quorate/log/v1/log.proto\x12\x0equorate.log.v1\"\xc1\x04\n" +
 	"\x05Entry\x12B\n" +
 	"\ftransactions\x18\x01 \x01(\v2\x1c.quorate.log.v1.TransactionsH\x00R\ftransactions\x12-\n" +
 	"\x05chunk\x18\x02 \x01(\v2\x15.quorate.log.v1.ChunkH\x00R\x05chunk\x12-\n" +
@@ -1174,7 +1303,8 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\x05admit\x18\b \x01(\v2\x15.quorate.log.v1.AdmitH\x00R\x05admit\x120\n" +
 	"\x06remove\x18\t \x01(\v2\x16.quorate.log.v1.RemoveH\x00R\x06remove\x12-\n" +
 	"\x05token\x18\n" +
-	" \x01(\v2\x15.quorate.log.v1.TokenH\x00R\x05tokenB\x06\n" +
+	" \x01(\v2\x15.quorate.log.v1.TokenH\x00R\x05token\x123\n" +
+	"\areserve\x18\v \x01(\v2\x17.quorate.log.v1.ReserveH\x00R\areserveB\x06\n" +
 	"\x04kind\"W\n" +
 	"\x03GID\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
@@ -1243,7 +1373,14 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\x04hash\x18\x02 \x01(\fR\x04hash\x12\x12\n" +
 	"\x04uses\x18\x03 \x01(\rR\x04uses\x12\x18\n" +
 	"\aexpires\x18\x04 \x01(\x04R\aexpires\x12\x12\n" +
-	"\x04time\x18\x05 \x01(\x04R\x04time\"4\n" +
+	"\x04time\x18\x05 \x01(\x04R\x04time\"j\n" +
+	"\aReserve\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\rR\x04node\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\x129\n" +
+	"\tsequences\x18\x03 \x03(\v2\x1b.quorate.log.v1.ReservationR\tsequences\"7\n" +
+	"\vReservation\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x12R\x05value\"4\n" +
 	"\x06Remove\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reasonB7Z5github.com/quorate/quorate/proto/quorate/log/v1;logv1b\x06proto3"
@@ -1260,7 +1397,7 @@ func file_quorate_log_v1_log_proto_rawDescGZIP() []byte {
 	return file_quorate_log_v1_log_proto_rawDescData
 }
 
-var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_quorate_log_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Entry)(nil),        // 0: quorate.log.v1.Entry
 	(*GID)(nil),          // 1: quorate.log.v1.GID
@@ -1275,7 +1412,9 @@ var file_quorate_log_v1_log_proto_goTypes = []any{
 	(*Founder)(nil),      // 10: quorate.log.v1.Founder
 	(*Admit)(nil),        // 11: quorate.log.v1.Admit
 	(*Token)(nil),        // 12: quorate.log.v1.Token
-	(*Remove)(nil),       // 13: quorate.log.v1.Remove
+	(*Reserve)(nil),      // 13: quorate.log.v1.Reserve
+	(*Reservation)(nil),  // 14: quorate.log.v1.Reservation
+	(*Remove)(nil),       // 15: quorate.log.v1.Remove
 }
 var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	2,  // 0: quorate.log.v1.Entry.transactions:type_name -> quorate.log.v1.Transactions
@@ -1286,19 +1425,21 @@ var file_quorate_log_v1_log_proto_depIdxs = []int32{
 	8,  // 5: quorate.log.v1.Entry.barrier:type_name -> quorate.log.v1.Barrier
 	9,  // 6: quorate.log.v1.Entry.found:type_name -> quorate.log.v1.Found
 	11, // 7: quorate.log.v1.Entry.admit:type_name -> quorate.log.v1.Admit
-	13, // 8: quorate.log.v1.Entry.remove:type_name -> quorate.log.v1.Remove
+	15, // 8: quorate.log.v1.Entry.remove:type_name -> quorate.log.v1.Remove
 	12, // 9: quorate.log.v1.Entry.token:type_name -> quorate.log.v1.Token
-	3,  // 10: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
-	1,  // 11: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
-	1,  // 12: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
-	1,  // 13: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
-	1,  // 14: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
-	10, // 15: quorate.log.v1.Found.founders:type_name -> quorate.log.v1.Founder
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	13, // 10: quorate.log.v1.Entry.reserve:type_name -> quorate.log.v1.Reserve
+	3,  // 11: quorate.log.v1.Transactions.transactions:type_name -> quorate.log.v1.WriteSet
+	1,  // 12: quorate.log.v1.WriteSet.gid:type_name -> quorate.log.v1.GID
+	1,  // 13: quorate.log.v1.Chunk.gid:type_name -> quorate.log.v1.GID
+	1,  // 14: quorate.log.v1.Abort.gid:type_name -> quorate.log.v1.GID
+	1,  // 15: quorate.log.v1.Barrier.id:type_name -> quorate.log.v1.GID
+	10, // 16: quorate.log.v1.Found.founders:type_name -> quorate.log.v1.Founder
+	14, // 17: quorate.log.v1.Reserve.sequences:type_name -> quorate.log.v1.Reservation
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_quorate_log_v1_log_proto_init() }
@@ -1317,6 +1458,7 @@ func file_quorate_log_v1_log_proto_init() {
 		(*Entry_Admit)(nil),
 		(*Entry_Remove)(nil),
 		(*Entry_Token)(nil),
+		(*Entry_Reserve)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1324,7 +1466,7 @@ func file_quorate_log_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_log_v1_log_proto_rawDesc), len(file_quorate_log_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
