@@ -235,7 +235,9 @@ func entries() *rapid.Generator[codec.Entry] {
 			})
 			e.Reserve = &codec.Reserve{
 				Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), All: rapid.Bool().Draw(t, "all"),
-				Sequences: rapid.SliceOfN(reservation, 0, 20).Draw(t, "sequences"),
+			}
+			if n := rapid.IntRange(0, 20).Draw(t, "sequences"); n > 0 {
+				e.Reserve.Sequences = rapid.SliceOfN(reservation, n, n).Draw(t, "of them")
 			}
 		}
 		return e
