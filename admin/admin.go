@@ -74,8 +74,9 @@ type Config struct {
 	// not block.
 	Members func() []Member
 	// Peers connects to the other members. It stays the caller's, who closes it after the Admin.
-	Peers  *peers.Pool
-	Source Source
+	Peers      *peers.Pool
+	Source     Source
+	Membership Membership
 }
 
 // askTimeout bounds how long Status waits for other members.
@@ -105,9 +106,13 @@ func New(c Config) *Admin {
 // server starts to serve.
 func (a *Admin) Register(on *grpc.Server) {
 	pb.RegisterClusterServer(on, a)
+	pb.RegisterMembershipServer(on, a.Membership())
 	healthpb.RegisterHealthServer(on, a.health)
 	reflection.Register(on)
 }
+
+// Membership is the service as this node itself uses it: it hands calls on like those of others.
+func (a *Admin) Membership() pb.MembershipServer { return &membership{a: a} }
 
 // SetServing tells the health service whether this node accepts writes. Initially it does not.
 func (a *Admin) SetServing(writes bool) {

@@ -231,7 +231,8 @@ func committedUpTo(t *testing.T, ctx context.Context, n *Node, csn txn.CSN) (gid
 			}
 		},
 		Processed: func(txn.LogIndex) {}, Durable: func(txn.CSN) error { return nil },
-		Member: func(codec.Member) {}, Barrier: func(codec.Barrier, txn.LogIndex) {}, Fail: func(err error) { t.Error(err) },
+		Member: func(codec.Member) {}, Changed: func(replication.Change) {}, Barrier: func(codec.Barrier, txn.LogIndex) {},
+		Fail: func(err error) { t.Error(err) },
 	})
 	c := n.consensus.Load()
 	for index, end := txn.LogIndex(1), c.Status().CommitIndex; index <= end; index++ {

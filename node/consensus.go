@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 
 	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/txn"
 	"github.com/quorate/quorate/txn/codec"
@@ -42,6 +42,11 @@ func (n *Node) part(index txn.LogIndex) ([]byte, error) {
 // is most likely a mistake that somebody who is just starting the node wants to hear of.
 func (n *Node) openIncarnation(ctx context.Context) error {
 	i, err := n.begin(ctx)
+	if errors.Is(err, errSetBack) {
+		// Somebody has to do something about the data. The node votes on, and says so.
+		n.fence(err)
+		return n.openObserver(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -60,7 +65,14 @@ func (n *Node) accompanyAll(context.Context) error {
 	n.lived = make(chan struct{})
 	go func() {
 		defer close(n.lived)
-		n.live(n.fenced, n.current.Load())
+		switch {
+		case n.cfg.Witness():
+			n.liveWithout(n.attend(n.fenced))
+		case n.fenced.Err() != nil:
+			n.liveWithout(context.Cause(n.fenced))
+		default:
+			n.live(n.fenced, n.current.Load())
+		}
 	}()
 	n.onClose(func(context.Context) error {
 		n.fence(errClosed)
@@ -71,25 +83,34 @@ func (n *Node) accompanyAll(context.Context) error {
 }
 
 func (n *Node) openConsensus(context.Context) error {
-	var members []consensus.Member
-	for _, m := range n.cfg.Members {
-		members = append(members, consensus.Member{Node: m.ID, RaftAddress: m.Raft, GRPCAddress: m.GRPC})
+	if err := n.checkLog(); err != nil {
+		return err
+	}
+	id := n.identity.get()
+	var follower consensus.Machine = n.observer.Load()
+	if i := n.current.Load(); i != nil {
+		follower = machine{i}
 	}
 	c, err := consensus.Open(consensus.Config{
 		Node:        n.cfg.Node,
-		Dir:         filepath.Join(n.cfg.DataDir, "raft"),
+		Dir:         id.RaftDir(n.cfg.DataDir),
+		ClusterID:   id.ClusterID,
 		RaftAddress: n.cfg.Listen.Raft,
-		Bootstrap:   members,
+		Bootstrap:   n.founders(id),
 		DialOptions: n.dialOptions(),
 		Logger:      n.log.With(logkey.Component, "consensus"),
 		Registerer:  n.metrics,
-	}, machine{n.current.Load()})
+	}, follower)
 	if err != nil {
-		return errors.Join(context.Cause(n.current.Load().ctx), err)
+		if i := n.current.Load(); i != nil {
+			err = errors.Join(context.Cause(i.ctx), err)
+		}
+		return err
 	}
 	n.consensus.Store(c)
 	n.onClose(func(context.Context) error { return c.Close() })
 	c.Register(n.grpc)
+	n.alongside(n.watchMembership)
 	n.group.Go(func() error {
 		select {
 		case <-c.Failed():
@@ -107,5 +128,24 @@ func (n *Node) consensusFailed(err error) {
 		n.fail(err)
 		return
 	}
+	if errors.Is(err, consensus.ErrBehind) {
+		n.behind(err)
+		return
+	}
 	n.fence(err)
+}
+
+// founders are the first members of the Raft group, for the one who is among them: nobody for a node that joins.
+func (n *Node) founders(id config.Identity) (first []consensus.Member) {
+	if !id.Request.IsZero() {
+		return nil
+	}
+	for _, m := range n.cfg.Members {
+		first = append(first, consensus.Member{Node: m.ID, RaftAddress: m.Raft, GRPCAddress: m.GRPC})
+	}
+	if len(first) == 0 {
+		self := n.cfg.Self()
+		first = []consensus.Member{{Node: id.Node, RaftAddress: self.Raft, GRPCAddress: self.GRPC}}
+	}
+	return first
 }

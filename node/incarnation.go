@@ -34,6 +34,7 @@ type incarnation struct {
 	token   string // of this node's DDL messages
 	start   txn.CSN
 	life    string // of the server
+	version string // of the server
 	metrics *prometheus.Registry
 
 	catalog  *pg.Catalog
@@ -55,14 +56,23 @@ type incarnation struct {
 // itself: until then its clients see no more than a node that lags.
 const applyRetry = 5 * time.Second
 
+// drawIncarnation returns what tells one life of a node from another.
+func drawIncarnation() (uint64, error) {
+	var id [8]byte
+	if _, err := rand.Read(id[:]); err != nil {
+		return 0, fmt.Errorf("draw an incarnation: %w", err)
+	}
+	return binary.BigEndian.Uint64(id[:]), nil
+}
+
 // begin brings PostgreSQL up and starts what works with it. What follows the log begins to do so when it is given to
 // consensus.
 func (n *Node) begin(ctx context.Context) (_ *incarnation, err error) {
-	var id [8]byte
-	if _, err := rand.Read(id[:]); err != nil {
-		return nil, fmt.Errorf("draw an incarnation: %w", err)
+	id, err := drawIncarnation()
+	if err != nil {
+		return nil, err
 	}
-	i := &incarnation{n: n, id: binary.BigEndian.Uint64(id[:]), metrics: prometheus.NewRegistry(), announced: make(chan txn.CSN, 1)}
+	i := &incarnation{n: n, id: id, metrics: prometheus.NewRegistry(), announced: make(chan txn.CSN, 1)}
 	if err := n.openPostgres(ctx, i); err != nil {
 		return nil, err
 	}
@@ -94,7 +104,7 @@ func (i *incarnation) open() error {
 	i.catalog = pg.NewCatalog(lookups)
 	i.machine = replication.New(replication.Config{
 		Deliver:   i.deliver,
-		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index); i.prune() },
+		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index); n.prune(i.machine) },
 		Durable:   func(csn txn.CSN) error { return i.pipeline.Flush(i.ctx, csn) },
 		Member:    i.memberStarted,
 		Changed:   n.membershipChanged,
@@ -222,20 +232,8 @@ func (i *incarnation) catchUp(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	// The announcement is a log entry, so what was committed before it comes before it.
-	self := i.n.cfg.Self()
-	announcement := codec.AppendMember(nil, &codec.Member{
-		Node: i.n.cfg.Node, Incarnation: i.id, RaftAddress: self.Raft, GRPCAddress: self.GRPC,
-		HTTPAddress: self.HTTP, GatewayAddress: self.Gateway, Version: i.n.version,
-	})
-	for {
-		_, err := i.n.consensus.Load().Propose(ctx, announcement)
-		if err == nil {
-			break
-		}
-		i.n.log.Info("the node is not in the cluster yet", logkey.Reason, err)
-		if err := (order{i}).AwaitLeader(ctx); err != nil {
-			return err
-		}
+	if err := i.n.announce(ctx, i.machine, i.id, i.version); err != nil {
+		return err
 	}
 	select {
 	case csn := <-i.announced:

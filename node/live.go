@@ -12,9 +12,18 @@ import (
 
 // live accompanies incarnations, the first and those that follow it, until ctx ends or one has ended for good. Then
 // the node is fenced, but it still votes, stores the log and answers those who ask how it is.
+//
+// A node that joins has none at first: it gets its data, and then begins with the first one.
 func (n *Node) live(ctx context.Context, i *incarnation) {
 	var waits patience
 	catchingUp := "the node is catching up with the cluster"
+	if i == nil {
+		var err error
+		if i, err = n.join(ctx, &waits); err != nil {
+			n.liveWithout(err)
+			return
+		}
+	}
 	for {
 		began := time.Now()
 		n.states.set(stateCatchingUp, catchingUp)
@@ -24,9 +33,8 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 			cause = context.Cause(ctx)
 		}
 		switch {
-		case errors.Is(cause, errClosed):
 		case ctx.Err() != nil, hopeless(cause):
-			n.states.set(stateFailed, cause.Error())
+			n.liveWithout(cause)
 		default:
 			reason := reasonOf(cause)
 			n.states.set(stateRecovering, reason)
@@ -41,11 +49,20 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 		}
 		var err error
 		if i, err = n.reopen(ctx, &waits); err != nil {
-			if !errors.Is(err, errClosed) {
-				n.states.set(stateFailed, err.Error())
-			}
+			n.liveWithout(err)
 			return
 		}
+	}
+}
+
+// liveWithout says why there will be no more incarnation.
+func (n *Node) liveWithout(cause error) {
+	switch {
+	case errors.Is(cause, errClosed):
+	case errors.Is(cause, errRemoved):
+		n.states.set(stateRemoved, cause.Error())
+	default:
+		n.states.set(stateFailed, cause.Error())
 	}
 }
 
@@ -55,7 +72,10 @@ func (n *Node) accompany(ctx context.Context, i *incarnation) error {
 	began := time.Now()
 	err := i.catchUp(i.ctx)
 	if err == nil {
-		n.states.set(stateActive, "")
+		err = n.becomeMember(i.ctx)
+	}
+	if err == nil {
+		n.operational()
 		n.log.Info("the node accepts writes", logkey.CSN, i.pipeline.Applied(), logkey.Duration, time.Since(began))
 		n.forgetSetAside()
 		for i.ctx.Err() == nil {

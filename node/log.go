@@ -3,9 +3,9 @@ package node
 import (
 	"encoding/hex"
 	"fmt"
-	"path/filepath"
 
 	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/txn"
 	"github.com/quorate/quorate/txn/codec"
@@ -51,7 +51,11 @@ func ReadLog(dataDir string, tell func(LogRecord) error) error {
 		Barrier:   func(codec.Barrier, txn.LogIndex) {},
 		Fail:      keep,
 	})
-	err := consensus.ReadLog(filepath.Join(dataDir, "raft"), machine.Restore, func(e consensus.Entry) error {
+	id, err := config.ReadIdentity(dataDir)
+	if err != nil {
+		return err
+	}
+	err = consensus.ReadLog(id.RaftDir(dataDir), machine.Restore, func(e consensus.Entry) error {
 		machine.Apply(e.Index, e.Data)
 		return failed
 	})

@@ -1,25 +1,69 @@
 package node
 
 import (
+	"context"
+	"fmt"
 	"maps"
 	"slices"
 
 	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/events"
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
-// members returns all members as of now, this node included, by id.
+// ledger is what follows the log here, with a PostgreSQL or without; nil before there is either.
+func (n *Node) ledger() *replication.Machine {
+	if i := n.current.Load(); i != nil {
+		return i.machine
+	}
+	if o := n.observer.Load(); o != nil {
+		return o.machine
+	}
+	return nil
+}
+
+// membership is who belongs to the cluster, as far as this node has the log.
+func (n *Node) membership() replication.Membership {
+	if m := n.ledger(); m != nil {
+		return m.Membership()
+	}
+	return replication.Membership{}
+}
+
+// servers are the members of the Raft group.
+func (n *Node) servers() []consensus.Member {
+	if c := n.consensus.Load(); c != nil {
+		return c.Members()
+	}
+	return nil
+}
+
+// members returns all members as of now, this node included, by id. Who they are the log says, or before it has founded
+// the cluster, the list of those who found it. How they are reached, they have announced; of those who never have, Raft
+// knows the addresses.
 func (n *Node) members() []admin.Member {
 	known := make(map[txn.NodeID]admin.Member)
 	for _, m := range n.cfg.Members {
 		known[m.ID] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
 	}
-	if i := n.current.Load(); i != nil {
-		for _, m := range i.machine.Membership().Members { // by what they have announced, which is newer
+	for _, s := range n.servers() {
+		m := known[s.Node]
+		m.ID, m.Raft, m.GRPC = s.Node, s.RaftAddress, s.GRPCAddress
+		known[s.Node] = m
+	}
+	in := n.membership()
+	for _, m := range in.Members {
+		if m.GRPCAddress != "" {
 			known[m.Node] = admin.Member{ID: m.Node, Raft: m.RaftAddress, GRPC: m.GRPCAddress, HTTP: m.HTTPAddress, Gateway: m.GatewayAddress}
 		}
+	}
+	if in.Founded() {
+		maps.DeleteFunc(known, func(id txn.NodeID, _ admin.Member) bool { _, is := in.Find(id); return !is })
 	}
 	return slices.SortedFunc(maps.Values(known), func(a, b admin.Member) int { return int(a.ID) - int(b.ID) })
 }
@@ -34,15 +78,94 @@ func (n *Node) grpcAddress(id txn.NodeID) (string, bool) {
 	return "", false
 }
 
-// membershipChanged takes from the log what has become of the members.
+// membershipChanged takes from the log what has become of the members. When the log is read again, after a restart, so is
+// what has become of them long ago.
 func (n *Node) membershipChanged(c replication.Change) {
 	if c.Founded {
 		n.log.Info("the log has founded the cluster")
 	}
 	if c.Admitted != 0 {
 		n.log.Info("a member was admitted", "member", c.Admitted)
+		n.event(events.Info, eventMemberAdmitted, c.Admitted, fmt.Sprintf("node %s was admitted", c.Admitted))
 	}
 	for _, id := range c.Removed {
 		n.log.Info("a member was removed", "member", id, logkey.Reason, c.Reason)
+		n.event(events.Info, eventMemberRemoved, id, fmt.Sprintf("node %s was removed: %s", id, c.Reason))
+		if id == n.cfg.Node {
+			n.wasRemoved(c.Reason)
+		}
 	}
+}
+
+// founding is the entry by which the log learns who the members are at first, nil if it is not for this node to say.
+func (n *Node) founding(now replication.Membership) []byte {
+	id := n.identity.get()
+	switch {
+	case now.Cluster == id.ClusterID, !id.Request.IsZero() && id.Previous.IsZero():
+		return nil // known, or this node has joined and will be told
+	case now.Founded() && now.Cluster == id.Previous:
+		return codec.AppendFound(nil, &codec.Found{Cluster: id.ClusterID, Previous: id.Previous, Founders: []codec.Founder{n.founder(id.Node, 0, n.cfg.Witness())}})
+	case now.Founded():
+		return nil
+	}
+	f := &codec.Found{Cluster: id.ClusterID}
+	for slot, m := range n.cfg.Members {
+		f.Founders = append(f.Founders, n.founder(m.ID, slot, m.Witness()))
+	}
+	if len(f.Founders) == 0 {
+		f.Founders = []codec.Founder{n.founder(id.Node, 0, n.cfg.Witness())}
+	}
+	return codec.AppendFound(nil, f)
+}
+
+func (n *Node) founder(id txn.NodeID, slot int, witness bool) codec.Founder {
+	f := codec.Founder{Node: id, Slot: uint32(slot)}
+	if witness {
+		f.Role = codec.RoleWitness
+	}
+	return f
+}
+
+// announce puts into the log that this node has started, and before it, if need be, who the members are.
+func (n *Node) announce(ctx context.Context, m *replication.Machine, incarnation uint64, postgres string) error {
+	self, c := n.cfg.Self(), n.consensus.Load()
+	announcement := codec.AppendMember(nil, &codec.Member{
+		Node: n.cfg.Node, Incarnation: incarnation, RaftAddress: self.Raft, GRPCAddress: self.GRPC,
+		HTTPAddress: self.HTTP, GatewayAddress: self.Gateway, Version: n.version, PostgresVersion: postgres,
+	})
+	try := func() error {
+		index, err := c.ReadIndex(ctx)
+		if err != nil {
+			return err
+		}
+		if err := m.WaitFor(ctx, index); err != nil {
+			return err
+		}
+		if f := n.founding(m.Membership()); f != nil {
+			if _, err := c.Propose(ctx, f); err != nil {
+				return err
+			}
+		}
+		_, err = c.Propose(ctx, announcement)
+		return err
+	}
+	for {
+		err := try()
+		if err == nil {
+			return nil
+		}
+		n.log.Info("the node is not in the cluster yet", logkey.Reason, err)
+		if err := n.awaitLeader(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// slot is this node's residue of every sequence. The log gives it out; before it has, the founders take theirs in the order of
+// their list.
+func (n *Node) slot() int {
+	if m, is := n.membership().Find(n.cfg.Node); is && m.Slot != replication.NoSlot {
+		return m.Slot
+	}
+	return max(0, slices.IndexFunc(n.cfg.Members, func(m config.Member) bool { return m.ID == n.cfg.Node }))
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pki"
 	"github.com/quorate/quorate/replication/clone"
+	"github.com/quorate/quorate/txn"
 )
 
 // Certifier window, in transactions. A node that is further behind than horizonKeep has its writes aborted with 40001.
@@ -46,6 +47,7 @@ type Node struct {
 
 	server    *pgserver.Server // nil: PostgreSQL is not managed by us
 	current   atomic.Pointer[incarnation]
+	observer  atomic.Pointer[observer]            // what follows the log before there is an incarnation, or instead of one
 	consensus atomic.Pointer[consensus.Consensus] // the log begins to play before Open has returned it
 	gateway   atomic.Pointer[gateway.Gateway]
 	grpc      *grpc.Server
@@ -63,6 +65,7 @@ type Node struct {
 
 	retired  atomic.Bool // see flow.go
 	pruning  atomic.Bool // a Horizon entry of ours is under way
+	drained  atomic.Bool // an operator has sent the clients away
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	group    *errgroup.Group
@@ -95,28 +98,51 @@ func Open(ctx context.Context, cfg config.Config, id config.Identity, version st
 			err = errors.Join(err, n.Close(context.WithoutCancel(ctx)))
 		}
 	}()
-	// The order matters. PostgreSQL first: how far it is decides where applying starts. The log, which begins to play as
-	// soon as consensus is open, finds what consumes it. Clients last.
-	for _, step := range []struct {
-		name string
-		run  func(context.Context) error
-	}{
-		{"observation", n.openObservation},
-		{"certificates", n.openCertificates},
-		{"admin API", n.openAdmin},
-		{"PostgreSQL", n.openIncarnation},
-		{"consensus", n.openConsensus},
-		{"gRPC", n.serveGRPC},
-		{"HTTP", n.openHTTP},
-		{"recovery", n.accompanyAll},
-		{"gateway", n.openGateway},
-	} {
+	if err := n.openCertificates(ctx); err != nil {
+		return nil, fmt.Errorf("open certificates: %w", err)
+	}
+	if err := n.apply(ctx); err != nil {
+		return nil, err
+	}
+	n.log = log.With(logkey.Node, n.cfg.Node)
+	for _, step := range n.steps() {
 		if err := step.run(ctx); err != nil {
 			n.event(events.Error, eventStartFailed, n.cfg.Node, fmt.Sprintf("node %s cannot start: %s: %v", n.cfg.Node, step.name, err))
 			return nil, fmt.Errorf("open %s: %w", step.name, err)
 		}
 	}
 	return n, nil
+}
+
+// ID is the node's own, which a node that has just joined learns in Open.
+func (n *Node) ID() txn.NodeID { return n.cfg.Node }
+
+type step struct {
+	name string
+	run  func(context.Context) error
+}
+
+// steps are what opening consists of. The order matters. PostgreSQL first: how far it is decides where applying starts. The
+// log, which begins to play as soon as consensus is open, finds what consumes it. Clients last.
+func (n *Node) steps() []step {
+	id := n.identity.get()
+	steps := []step{{"observation", n.openObservation}, {"admin API", n.openAdmin}}
+	if id.State == config.StateRemoved {
+		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC}, step{"HTTP", n.openHTTP})
+	}
+	switch {
+	case n.cfg.Witness():
+		steps = append(steps, step{"witness", n.openObserver})
+	case id.State == config.StateJoining:
+		steps = append(steps, step{"PostgreSQL", n.describeServer}, step{"joining", n.openObserver})
+	default:
+		steps = append(steps, step{"PostgreSQL", n.openIncarnation})
+	}
+	steps = append(steps, step{"consensus", n.openConsensus}, step{"gRPC", n.serveGRPC}, step{"HTTP", n.openHTTP}, step{"recovery", n.accompanyAll})
+	if !n.cfg.Witness() {
+		steps = append(steps, step{"gateway", n.openGateway})
+	}
+	return steps
 }
 
 // Wait returns when the node cannot go on, with the reason, or nil after Close. A node whose data are at fault goes on,
@@ -177,6 +203,14 @@ func (n *Node) run(name string, f func(context.Context) error) {
 		}
 		return nil
 	})
+}
+
+// committing returns nil when transactions that have begun may commit.
+func (n *Node) committing() error {
+	if n.states.current().name == stateDraining {
+		return nil
+	}
+	return n.accepting()
 }
 
 // accepting returns nil when clients may write.

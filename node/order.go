@@ -134,7 +134,7 @@ func (c coordinator) Applied() txn.CSN { return c.n.current.Load().coord.Applied
 func (c coordinator) Reserve() txn.GID { return c.n.current.Load().coord.Reserve() }
 
 func (c coordinator) Begin(ctx context.Context, gid txn.GID, base txn.CSN, pid uint32) (gateway.Commit, error) {
-	if err := c.n.accepting(); err != nil {
+	if err := c.n.committing(); err != nil {
 		return nil, fmt.Errorf("%w: %w", txn.ErrNoQuorum, err)
 	}
 	t, err := c.n.current.Load().coord.BeginAs(ctx, gid, base, pid)
@@ -198,31 +198,14 @@ func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
 	return o.n.consensus.Load().Propose(ctx, data)
 }
 
-// AwaitLeader is called after a proposal failed. The leader that refused it may not know yet that it leads no more, so
-// a known leader is given a moment to change before it is asked again.
+// AwaitLeader is called after a proposal failed.
 func (o order) AwaitLeader(ctx context.Context) error {
-	c := o.n.consensus.Load()
-	if l, changed := c.Leadership(); l.Leader != 0 {
-		moment := time.NewTimer(leaderRetry)
-		defer moment.Stop()
-		select {
-		case <-changed:
-		case <-moment.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	_, err := c.WaitLeader(ctx)
-	return err
+	return o.n.awaitLeader(ctx)
 }
 
-// leaderRetry is well below an election's time and well above a round trip's.
-const leaderRetry = 20 * time.Millisecond
-
 // prune lets the certifiers forget, by an entry in the log, so that all forget alike. Only the leader proposes it.
-func (i *incarnation) prune() {
-	n := i.n
-	last, horizon := i.machine.LastCSN(), i.machine.Horizon()
+func (n *Node) prune(m *replication.Machine) {
+	last, horizon := m.LastCSN(), m.Horizon()
 	if last < horizon+horizonKeep+horizonStep {
 		return
 	}

@@ -60,6 +60,14 @@ func (n *Node) startServer(ctx context.Context) error {
 	return nil
 }
 
+// describeServer prepares for a server that is still to get its data.
+func (n *Node) describeServer(ctx context.Context) (err error) {
+	if n.server, err = n.serverAt(ctx, n.cfg.Postgres.DataDir, nil); err == nil {
+		n.onClose(n.server.Stop)
+	}
+	return err
+}
+
 // serverAt describes the managed server on a data directory, with settings that win over the configured ones.
 func (n *Node) serverAt(ctx context.Context, dataDir string, more pgserver.Settings) (*pgserver.Server, error) {
 	c := n.cfg.Postgres
@@ -89,25 +97,24 @@ func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (e
 	if err := pgserver.CheckSettings(ctx, conn, n.sizing()); err != nil {
 		return err
 	}
-	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: replication.MaxSlots}
+	if i.version = conn.ParameterStatus("server_version"); i.version == "" {
+		return errors.New("PostgreSQL does not say its version")
+	}
 	if err := pg.Settle(ctx, conn); err != nil {
+		return err
+	}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: replication.MaxSlots}
+	if id.Generation, err = n.nextGeneration(ctx, conn); err != nil {
 		return err
 	}
 	if i.token, err = pg.Install(ctx, conn, id); err != nil {
 		return err
 	}
+	if err := n.generationBegun(id.Generation); err != nil {
+		return err
+	}
 	i.start, err = apply.Progress(ctx, conn)
 	return err
-}
-
-// slot is this node's residue of every sequence: its place among the members. The members do not change yet.
-func (n *Node) slot() int {
-	for i, m := range n.cfg.Members {
-		if m.ID == n.cfg.Node {
-			return i
-		}
-	}
-	return 0
 }
 
 // connString is how this node itself reaches its PostgreSQL.

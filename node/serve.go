@@ -29,7 +29,7 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	n.peers = peers.New(n.grpcAddress, n.dialOptions()...)
 	n.onClose(func(context.Context) error { return n.peers.Close() })
 	config := admin.Config{
-		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n,
+		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n, Membership: n,
 	}
 	api, observe := admin.New(config), admin.NewObserve(config, n)
 	n.onClose(func(context.Context) error { api.Close(); observe.Close(); return nil })
@@ -79,6 +79,8 @@ func (n *Node) status() admin.Status {
 	s := admin.Status{State: now.name, Reason: now.reason, Writes: now.reason == ""}
 	if i := n.current.Load(); i != nil {
 		s.CSN, s.Applied, s.AppliedIndex = i.machine.LastCSN(), i.pipeline.Applied(), i.pipeline.AppliedIndex()
+	} else if m := n.ledger(); m != nil {
+		s.CSN = m.LastCSN()
 	}
 	c := n.consensus.Load()
 	if c == nil {
@@ -102,7 +104,11 @@ func (n *Node) status() admin.Status {
 
 // gather collects the node's metrics and those of the current incarnation, which begin anew with it.
 func (n *Node) gather() ([]*dto.MetricFamily, error) {
-	return prometheus.Gatherers{n.metrics, n.current.Load().metrics}.Gather()
+	gatherers := prometheus.Gatherers{n.metrics}
+	if i := n.current.Load(); i != nil {
+		gatherers = append(gatherers, i.metrics)
+	}
+	return gatherers.Gather()
 }
 
 func (n *Node) openHTTP(ctx context.Context) error {

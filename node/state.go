@@ -13,14 +13,20 @@ import (
 // The states of a node, as "quorate status" and the metrics show them. Only an active one takes clients.
 const (
 	stateStarting   = "starting"
+	stateJoining    = "joining"     // admitted, and waiting for the log
+	stateCloning    = "cloning"     // copies another member's data
 	stateCatchingUp = "catching-up" // follows the log to where the cluster was when it came
 	stateActive     = "active"
+	stateDraining   = "draining"   // takes no more clients, votes and applies
 	stateRecovering = "recovering" // without its PostgreSQL, which is being started or awaited
 	stateFailed     = "failed"     // fenced for good: going on would make it worse, and it takes somebody to look
+	stateRemoved    = "removed"    // belongs to the cluster no more
 	stateStopping   = "stopping"
 )
 
-var allStates = []string{stateStarting, stateCatchingUp, stateActive, stateRecovering, stateFailed, stateStopping}
+var allStates = []string{
+	stateStarting, stateJoining, stateCloning, stateCatchingUp, stateActive, stateDraining, stateRecovering, stateFailed, stateRemoved, stateStopping,
+}
 
 // state is what the node tells the world about itself.
 type state struct {
@@ -28,7 +34,8 @@ type state struct {
 	reason string // why it does not take clients; empty when active
 }
 
-// states is where the node's state is kept. From failed only stopping follows, and after stopping nothing.
+// states is where the node's state is kept. From failed only removed and stopping follow, from removed only stopping, and
+// after stopping nothing.
 type states struct {
 	changed func(state) // called in order, must not block
 
@@ -46,7 +53,15 @@ func (s *states) current() state {
 func (s *states) set(name, reason string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	final := s.now.name == stateStopping || s.now.name == stateFailed && name != stateStopping
+	final := false
+	switch s.now.name {
+	case stateStopping:
+		final = true
+	case stateRemoved:
+		final = name != stateStopping
+	case stateFailed:
+		final = name != stateStopping && name != stateRemoved
+	}
 	if final || s.now == (state{name, reason}) {
 		return false
 	}

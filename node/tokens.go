@@ -40,12 +40,12 @@ func (n *Node) RevokeToken(ctx context.Context, id txn.UUID) error {
 
 // JoinTokens implements admin.TokenStore.
 func (n *Node) JoinTokens() []admin.Token {
-	i := n.current.Load()
-	if i == nil {
+	m := n.ledger()
+	if m == nil {
 		return nil
 	}
 	var list []admin.Token
-	for _, t := range i.machine.Tokens() {
+	for _, t := range m.Tokens() {
 		list = append(list, admin.Token{ID: t.ID, Hash: t.Hash, Uses: t.Uses, Expires: time.Unix(int64(t.Expires), 0)})
 	}
 	return list
@@ -53,15 +53,15 @@ func (n *Node) JoinTokens() []admin.Token {
 
 // proposeToken puts an entry into the log and returns the machine that has taken it.
 func (n *Node) proposeToken(ctx context.Context, t codec.Token) (*replication.Machine, error) {
-	c, i := n.consensus.Load(), n.current.Load()
-	if c == nil || i == nil {
+	c, m := n.consensus.Load(), n.ledger()
+	if c == nil || m == nil {
 		return nil, errStarting
 	}
 	index, err := c.Propose(ctx, codec.AppendToken(nil, &t))
 	if err != nil {
 		return nil, err
 	}
-	return i.machine, i.machine.WaitFor(ctx, index)
+	return m, m.WaitFor(ctx, index)
 }
 
 // joinToken returns what an admission by a token is to carry, and an error if it would be refused.
@@ -70,12 +70,12 @@ func (n *Node) joinToken(text string) (codec.TokenUse, error) {
 	if err != nil {
 		return codec.TokenUse{}, err
 	}
-	i := n.current.Load()
-	if i == nil {
+	m := n.ledger()
+	if m == nil {
 		return codec.TokenUse{}, errStarting
 	}
 	use := codec.TokenUse{ID: id, Hash: hash, Time: seconds()}
-	return use, i.machine.CheckToken(use)
+	return use, m.CheckToken(use)
 }
 
 // seconds is the time as entries of the log have it.

@@ -70,8 +70,8 @@ func (n *Node) probe() admin.Probe {
 
 // voters are the members whose word counts for a majority.
 func (n *Node) voters() (ids []txn.NodeID) {
-	if c := n.consensus.Load(); c != nil {
-		for _, m := range c.Status().Members {
+	for _, m := range n.servers() {
+		if m.Voter {
 			ids = append(ids, m.Node)
 		}
 	}

@@ -27,7 +27,7 @@ func main() {
 }
 
 // nodeCommands become a node and stay one.
-var nodeCommands = []string{"run"}
+var nodeCommands = []string{"run", "join"}
 
 // Exit codes: scripts tell a mistake of theirs from a failure.
 const (
@@ -67,11 +67,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:     true,
 		PersistentPreRun: func(*cobra.Command, []string) { understood = true },
 	}
-	root.AddGroup(&cobra.Group{ID: groupLook, Title: "Look at a cluster:"})
+	root.AddGroup(&cobra.Group{ID: groupLook, Title: "Look at a cluster:"}, &cobra.Group{ID: groupChange, Title: "Change a cluster:"})
 	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.AddCommand(
+		initCommand(),
+		joinCommand(),
 		runCommand(),
 		doctorCommand(),
 		demoCommand(),
@@ -83,6 +85,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		conflictsCommand(),
 		eventsCommand(),
 		verifyCommand(),
+		leaveCommand(),
+		removeCommand(),
+		drainCommand(),
+		resumeCommand(),
+		transferLeadershipCommand(),
+		promoteCommand(),
+		demoteCommand(),
+		resyncCommand(),
 		certCommand(),
 		httpTokenCommand(),
 		tokenCommand(),
@@ -107,8 +117,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailure
 }
 
-// groupLook is the group of commands that change nothing.
-const groupLook = "look"
+// The groups of commands, in the help.
+const (
+	groupLook   = "look"   // change nothing
+	groupChange = "change" // the members
+)
 
 // errUsage marks a command line that parses but makes no sense.
 var errUsage = errors.New("wrong usage")

@@ -32,7 +32,7 @@ func runCommand() *cobra.Command {
 			if file == "" {
 				return usage("config", `""`, "is required")
 			}
-			return runNode(cmd.Context(), file, cmd.ErrOrStderr())
+			return runNode(cmd.Context(), file, cmd.ErrOrStderr(), nil)
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "configuration `file`")
@@ -48,8 +48,18 @@ func shareProcessors() {
 	}
 }
 
-func runNode(ctx context.Context, file string, stderr io.Writer) (err error) {
+// runNode runs a node, and goes on with it when it has to begin anew under another identity. watch, if not nil, is called beside it.
+func runNode(ctx context.Context, file string, stderr io.Writer, watch func(context.Context, *node.Node)) (err error) {
 	shareProcessors()
+	for {
+		err := runOnce(ctx, file, stderr, watch)
+		if !errors.Is(err, node.ErrReopen) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+func runOnce(ctx context.Context, file string, stderr io.Writer, watch func(context.Context, *node.Node)) (err error) {
 	cfg, err := config.Load(file)
 	if err != nil {
 		return err
@@ -68,19 +78,28 @@ func runNode(ctx context.Context, file string, stderr io.Writer) (err error) {
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", cfg.Node, err)
 	}
+	if watch != nil {
+		watching, stop := context.WithCancel(ctx)
+		watched := make(chan struct{})
+		go func() {
+			defer close(watched)
+			watch(watching, n)
+		}()
+		defer func() { stop(); <-watched }()
+	}
 	failed := make(chan error, 1)
 	go func() { failed <- n.Wait() }() // returns at the latest after Close
 	select {
 	case <-ctx.Done():
 	case err = <-failed:
 		if err != nil {
-			err = fmt.Errorf("node %s failed: %w", cfg.Node, err)
+			err = fmt.Errorf("node %s failed: %w", n.ID(), err)
 		}
 	}
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
 	if closeErr := n.Close(closing); closeErr != nil {
-		err = errors.Join(err, fmt.Errorf("stop node %s: %w", cfg.Node, closeErr))
+		err = errors.Join(err, fmt.Errorf("stop node %s: %w", n.ID(), closeErr))
 	}
 	return err
 }

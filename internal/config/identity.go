@@ -18,6 +18,8 @@ import (
 const (
 	// StateMember: the node belongs to the cluster.
 	StateMember = "member"
+	// StateApplying: it asks to be admitted, and does not know yet who it is.
+	StateApplying = "applying"
 	// StateJoining: it has been admitted, and is not yet a member whose data are its own.
 	StateJoining = "joining"
 	// StateRemoved: it belonged to the cluster and never will again. It takes no clients.
@@ -32,11 +34,17 @@ type Identity struct {
 	State     string     `yaml:"state,omitempty"` // empty: StateMember
 	// Previous is the cluster that this one goes on from, after quorate recover --force-new-cluster.
 	Previous txn.UUID `yaml:"previous,omitempty"`
-	// Request and Peers are a joining node's: what it was admitted by, and the gRPC addresses of members to ask.
+	// Request is what it was admitted by, or asks by; zero: it has founded the cluster.
 	Request txn.UUID `yaml:"request,omitempty"`
-	Peers   []string `yaml:"peers,omitempty"`
+	// Peers, Token and Replaces are those of an applying node: gRPC addresses of members to ask, what lets a stranger in,
+	// and the member that it was.
+	Peers    []string   `yaml:"peers,omitempty"`
+	Token    string     `yaml:"token,omitempty"`
+	Replaces txn.NodeID `yaml:"replaces,omitempty"`
 	// Reason is why it was removed.
 	Reason string `yaml:"reason,omitempty"`
+	// Started says that the node has been in the cluster: its log is worth something, and must be there.
+	Started bool `yaml:"started,omitempty"`
 	// Server is the PostgreSQL that the node had last.
 	Server Server `yaml:"server,omitempty"`
 }
@@ -63,17 +71,26 @@ func ReadIdentity(dir string) (Identity, error) {
 	if err != nil {
 		return i, fmt.Errorf("read identity of data directory: %w", err)
 	}
-	if err := yaml.Unmarshal(text, &i); err != nil || i.Cluster == "" || i.Node == 0 {
+	if err := yaml.Unmarshal(text, &i); err != nil || i.Cluster == "" || i.Node == 0 && i.State != StateApplying {
 		return i, fmt.Errorf("read identity of data directory: %s does not hold cluster and node (%v): "+
 			"it was damaged, or data_dir %q is not a node's", name, err, dir)
 	}
 	if i.State == "" {
 		i.State = StateMember
 	}
-	if !slices.Contains([]string{StateMember, StateJoining, StateRemoved}, i.State) {
+	if !slices.Contains([]string{StateMember, StateApplying, StateJoining, StateRemoved}, i.State) {
 		return i, fmt.Errorf("read identity of data directory: %s has the state %q, which this version of Quorate does not know", name, i.State)
 	}
 	return i, nil
+}
+
+// RaftDir is where the log of this node is, below the data directory dir. A node that joins anew under another id, because
+// the log had left it behind, begins with another log.
+func (i Identity) RaftDir(dir string) string {
+	if i.Request.IsZero() {
+		return filepath.Join(dir, "raft")
+	}
+	return filepath.Join(dir, fmt.Sprintf("raft-%s", i.Node))
 }
 
 // Save writes the identity into a data directory, which is made where it is missing, in one step.
@@ -85,7 +102,7 @@ func (i Identity) Save(dir string) error {
 	if err != nil {
 		return fmt.Errorf("write identity of data directory: %w", err)
 	}
-	return writeFile(i.path(dir), text)
+	return writeFile(i.path(dir), text, 0o600) // it may hold a token
 }
 
 // ErrNoIdentity: a data directory belongs to no node, and the configuration does not say which one it could be.
@@ -109,11 +126,10 @@ func (c *Config) ClaimDataDir() (Identity, error) {
 	if have.Cluster != c.Cluster {
 		return have, fmt.Errorf("data_dir %q belongs to cluster %q: cluster is %q", c.DataDir, have.Cluster, c.Cluster)
 	}
-	if c.Node != 0 && have.Node != c.Node {
+	if have.Request.IsZero() && c.Node != 0 && have.Node != c.Node { // one that has joined anew has another id than its list says
 		return have, fmt.Errorf("data_dir %q belongs to node %s of cluster %q: node is %s", c.DataDir, have.Node, have.Cluster, c.Node)
 	}
-	c.Node = have.Node
-	if have.ClusterID.IsZero() { // from before clusters had ids
+	if c.Node = have.Node; have.ClusterID.IsZero() && have.State != StateApplying { // from before clusters had ids
 		if len(c.Members) == 0 {
 			return have, fmt.Errorf("data_dir %q does not say which cluster %q it belongs to: give it once the list of members that founded it", c.DataDir, c.Cluster)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -54,18 +55,18 @@ func (c Config) Save(name string) error {
 	if err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}
-	return writeFile(name, text)
+	return writeFile(name, text, 0o644)
 }
 
 // writeFile replaces a file in one step that survives a power failure.
-func writeFile(name string, text []byte) error {
+func writeFile(name string, text []byte, mode fs.FileMode) error {
 	f, err := os.CreateTemp(filepath.Dir(name), filepath.Base(name)+".*")
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	defer os.Remove(f.Name()) // there only when something below failed
 	_, err = f.Write(text)
-	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err == nil {
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
 		err = os.Rename(f.Name(), name)
 	}
 	if err == nil {

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -27,6 +28,34 @@ type Identity struct {
 	Node     txn.NodeID
 	Slot     int // residue of its sequences, 0 ≤ Slot < MaxNodes
 	MaxNodes int // how many residues there are; fixed when the cluster is founded
+	// Generation counts the starts of the node.
+	Generation uint64
+}
+
+// Mark is by what a database is known again.
+type Mark struct {
+	SystemIdentifier string
+	Generation       uint64 // of the last Install; 0: none
+}
+
+// ReadMark returns the database's.
+func ReadMark(ctx context.Context, conn *pgconn.PgConn) (m Mark, err error) {
+	if err := scan(ctx, conn, `SELECT system_identifier::text FROM pg_catalog.pg_control_system()`, &m.SystemIdentifier); err != nil {
+		return m, err
+	}
+	var has string
+	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_catalog.pg_attribute
+		WHERE attrelid = to_regclass('quorate.identity') AND attname = 'generation' AND NOT attisdropped`, &has); err != nil || has == "0" {
+		return m, err
+	}
+	var generation string
+	if err := scan(ctx, conn, `SELECT coalesce((SELECT generation FROM quorate.identity), 0)::text`, &generation); err != nil {
+		return m, err
+	}
+	if m.Generation, err = strconv.ParseUint(generation, 10, 64); err != nil {
+		return m, fmt.Errorf("read the generation of the database: %w", err)
+	}
+	return m, nil
 }
 
 // ErrForeignData: the data directory belongs to another cluster or another node.
@@ -53,8 +82,8 @@ func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) (token strin
 	// The commit is flushed, whatever the settings say: with it everything that this start finds committed is on disk,
 	// which is what the log may be truncated by.
 	script := "BEGIN READ WRITE;\nSET LOCAL synchronous_commit = on;\nSET LOCAL session_replication_role = replica;\nSET LOCAL client_min_messages = warning;\n" + schema +
-		fmt.Sprintf("\nINSERT INTO quorate.identity (cluster, node, slot, max_nodes) VALUES (%s, %d, %d, %d) ON CONFLICT DO NOTHING;\nSELECT quorate.own_sequences();\nCOMMIT;",
-			quoteLiteral(id.Cluster), id.Node, id.Slot, id.MaxNodes)
+		fmt.Sprintf("\nINSERT INTO quorate.identity (cluster, node, slot, max_nodes) VALUES (%s, %d, %d, %d) ON CONFLICT DO NOTHING;\nUPDATE quorate.identity SET generation = %d;\nSELECT quorate.own_sequences();\nCOMMIT;",
+			quoteLiteral(id.Cluster), id.Node, id.Slot, id.MaxNodes, id.Generation)
 	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
 		return "", fmt.Errorf("install schema quorate: %w", err)
 	}

@@ -24,6 +24,10 @@ CREATE TABLE IF NOT EXISTS quorate.identity (
     token     uuid    NOT NULL DEFAULT gen_random_uuid()
 );
 
+-- How many times the node has been started on this database. Its data directory has the same number, so that either is found
+-- out when it was set back.
+ALTER TABLE quorate.identity ADD COLUMN IF NOT EXISTS generation bigint NOT NULL DEFAULT 0;
+
 -- The sequences that have been given this node's residue, with their definition as the user wrote it.
 DO $$
 BEGIN

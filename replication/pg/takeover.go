@@ -89,7 +89,7 @@ BEGIN
         END LOOP;
         PERFORM setval(s.sequence::regclass, least(greatest(top, seqmin), seqmax)::bigint) FROM pg_sequence WHERE seqrelid = s.sequence;
     END LOOP;
-    UPDATE quorate.identity SET node = %[1]d, slot = %[2]d, token = gen_random_uuid();
+    UPDATE quorate.identity SET node = %[1]d, slot = %[2]d, token = gen_random_uuid(), generation = 0;
     FOR s IN SELECT sequence FROM quorate.owned_sequences ORDER BY sequence LOOP
         DELETE FROM quorate.owned_sequences WHERE sequence = s.sequence;
         BEGIN

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/node"
+	"github.com/quorate/quorate/txn"
+)
+
+func initCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "init --config FILE",
+		Short: "Make a cluster of one node",
+		Long: "Make a cluster of one node, to which others can be joined. A PostgreSQL that is configured and has data already is adopted in\n" +
+			"place: when the node runs, nothing is rewritten, and only the schema quorate is added. Check it with \"quorate doctor\" before.",
+		GroupID: groupChange,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := freshConfig(file, "quorate init")
+			if err != nil {
+				return err
+			}
+			if cfg.Witness() {
+				return fmt.Errorf("%w: role is witness, and a cluster begins with a node that has data", errUsage)
+			}
+			if have, err := config.ReadIdentity(cfg.DataDir); err == nil {
+				return fmt.Errorf("data_dir %q belongs to node %s of cluster %q already: start it with \"quorate run --config %s\"", cfg.DataDir, have.Node, have.Cluster, file)
+			} else if !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			id := config.Identity{Cluster: cfg.Cluster, ClusterID: txn.NewUUID(), Node: 1, State: config.StateMember}
+			if err := id.Save(cfg.DataDir); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "cluster %s is made, with node 1; start it with: quorate run --config %s\n", cfg.Cluster, file)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", os.Getenv("QUORATE_CONFIG"), "configuration `file` ($QUORATE_CONFIG)")
+	return cmd
+}
+
+// freshConfig reads the configuration of a node that gets its id from the cluster.
+func freshConfig(file, command string) (config.Config, error) {
+	if file == "" {
+		return config.Config{}, usage("config", `""`, "is required")
+	}
+	cfg, err := config.Load(file)
+	if err == nil && len(cfg.Members) > 0 {
+		err = fmt.Errorf("%w: %s lists the members, which found a cluster when they are all started with \"quorate run\"; without node and members, %s can be used", errUsage, file, command)
+	}
+	return cfg, err
+}
+
+func joinCommand() *cobra.Command {
+	var file, token string
+	var peers []string
+	cmd := &cobra.Command{
+		Use:   "join --config FILE --peer HOST:PORT [--token TOKEN]",
+		Short: "Make this node a member of a cluster, and run it",
+		Long: "Make this node a member of a cluster, and run it like \"quorate run\". It copies the data of another member while everybody goes on\n" +
+			"writing, follows the log from there, and gets its vote. When that was interrupted, \"quorate join\" and \"quorate run\" go on with it.\n" +
+			"A data directory of PostgreSQL that is there already is set aside, and removed when the node is a member.",
+		GroupID: groupChange,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := freshConfig(file, "quorate join")
+			if err != nil {
+				return err
+			}
+			if err := applyAt(cfg, file, peers, token); err != nil {
+				return err
+			}
+			return runNode(cmd.Context(), file, cmd.ErrOrStderr(), func(ctx context.Context, n *node.Node) { showJoining(ctx, n, cmd.OutOrStdout()) })
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&file, "config", os.Getenv("QUORATE_CONFIG"), "configuration `file` ($QUORATE_CONFIG)")
+	f.StringSliceVar(&peers, "peer", nil, "gRPC `address` of a member; several can be given")
+	f.StringVar(&token, "token", os.Getenv("QUORATE_TOKEN"), "`token` that \"quorate token create\" has made ($QUORATE_TOKEN)")
+	return cmd
+}
+
+// applyAt writes into the data directory that the node wants to join, and how; it does nothing for a node that is on its way.
+func applyAt(cfg config.Config, file string, peers []string, token string) error {
+	have, err := config.ReadIdentity(cfg.DataDir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		have = config.Identity{Cluster: cfg.Cluster, State: config.StateApplying, Request: txn.NewUUID()}
+	case err != nil:
+		return err
+	case have.Cluster != cfg.Cluster:
+		return fmt.Errorf("data_dir %q belongs to cluster %q: cluster is %q", cfg.DataDir, have.Cluster, cfg.Cluster)
+	case have.State == config.StateRemoved:
+		return fmt.Errorf("data_dir %q belongs to node %s, which was removed: a node joins with an empty data_dir", cfg.DataDir, have.Node)
+	case have.State == config.StateMember:
+		return fmt.Errorf("data_dir %q belongs to node %s of cluster %q, a member: start it with \"quorate run --config %s\"", cfg.DataDir, have.Node, have.Cluster, file)
+	case have.State == config.StateJoining:
+		return nil // it was admitted
+	}
+	if len(peers) > 0 {
+		have.Peers = peers
+	}
+	if token != "" {
+		have.Token = token
+	}
+	if len(have.Peers) == 0 {
+		return usage("peer", `""`, "is required: the gRPC address of a member")
+	}
+	for _, p := range have.Peers {
+		if _, _, err := net.SplitHostPort(p); err != nil {
+			return usage("peer", p, "must be host:port")
+		}
+	}
+	return have.Save(cfg.DataDir)
+}
+
+// The intervals at which progress is shown.
+const (
+	barInterval  = 200 * time.Millisecond
+	lineInterval = 5 * time.Second
+)
+
+// showJoining shows how far a node is, until it is a member: as a bar on a terminal, else as lines.
+func showJoining(ctx context.Context, n *node.Node, out io.Writer) {
+	terminal := false
+	if f, ok := out.(*os.File); ok {
+		info, err := f.Stat()
+		terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
+	}
+	ticker := time.NewTicker(barInterval)
+	defer ticker.Stop()
+	var last string
+	var shown time.Time
+	for {
+		s, text := n.Status(), progressText(n)
+		p, _ := n.Cloning()
+		switch changed := s.State + s.Reason + string(p.Phase); {
+		case terminal:
+			fmt.Fprintf(out, "\r\x1b[K%s", text)
+		case changed != last || time.Since(shown) > lineInterval:
+			fmt.Fprintln(out, text)
+			last, shown = changed, time.Now()
+		}
+		if s.State == "active" || s.State == "failed" || s.State == "removed" {
+			if terminal {
+				fmt.Fprintln(out)
+			}
+			return
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+const barWidth = 30
+
+func progressText(n *node.Node) string {
+	s := n.Status()
+	p, cloning := n.Cloning()
+	if !cloning || p.Total == 0 {
+		text := "node " + n.ID().String() + " is " + s.State
+		if s.Reason != "" {
+			text += ": " + s.Reason
+		}
+		return text
+	}
+	now := time.Now()
+	share := float64(min(p.Bytes, p.Total)) / float64(p.Total)
+	filled := int(share * barWidth)
+	text := fmt.Sprintf("%s from node %s [%s%s] %3.0f%%, %s of %s, %s/s", p.Phase, p.Donor, strings.Repeat("#", filled), strings.Repeat(".", barWidth-filled),
+		100*share, bytesText(p.Bytes), bytesText(p.Total), bytesText(uint64(p.Rate(now))))
+	if eta, ok := p.ETA(now); ok {
+		text += fmt.Sprintf(", %v left", eta.Round(time.Second))
+	}
+	return text
+}
+
+func bytesText(n uint64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	}
+	return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+}

@@ -1,0 +1,352 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/consensus"
+	"github.com/quorate/quorate/events"
+	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/pgserver"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/replication"
+	"github.com/quorate/quorate/replication/pg"
+	"github.com/quorate/quorate/txn"
+)
+
+// ErrReopen ends a node that goes on as another one: its data directory says as which. Open it again.
+var ErrReopen = errors.New("the node joins the cluster anew")
+
+// errRemoved fences a node for good.
+var errRemoved = errors.New("this node was removed from the cluster, and can only come back by joining it anew, with an empty data_dir")
+
+// The pauses between attempts of a node that is on its way into a cluster.
+const (
+	firstAttempt = 200 * time.Millisecond
+	lastAttempt  = 5 * time.Second
+)
+
+// askTimeout bounds one call to another member.
+const askTimeout = 15 * time.Second
+
+// apply asks the members, one after another, to admit this node, until one of them has. What they refuse for good ends a
+// node that has never belonged to the cluster; one that had to come anew goes on asking, since nobody may be there to start
+// it again.
+func (n *Node) apply(ctx context.Context) error {
+	id := n.identity.get()
+	if id.State != config.StateApplying {
+		return nil
+	}
+	postgres := ""
+	if !n.cfg.Witness() {
+		if !n.cfg.Postgres.Managed {
+			return errors.New("postgres.managed is false: a node that joins copies another's PostgreSQL, which it can do for a server only that it starts and stops itself")
+		}
+		install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: n.cfg.Postgres.BinDir})
+		if err != nil {
+			return err
+		}
+		postgres = install.Version.String()
+	}
+	self := n.cfg.Self()
+	req := &pb.AddRequest{
+		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, Token: id.Token,
+		RaftAddress: self.Raft, GrpcAddress: self.GRPC, HttpAddress: self.HTTP, GatewayAddress: self.Gateway,
+		Version: n.version, PostgresVersion: postgres,
+	}
+	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
+		resp, err := n.askToAdd(ctx, id.Peers, req)
+		if err == nil {
+			return n.admitted(resp)
+		}
+		if refused(err) && id.Replaces == 0 {
+			return fmt.Errorf("join cluster %s: %s", n.cfg.Cluster, status.Convert(err).Message())
+		}
+		n.log.Warn("no member has admitted this node yet", logkey.Error, err)
+		if err := sleep(ctx, pause); err != nil {
+			return fmt.Errorf("join cluster %s: %w", n.cfg.Cluster, err)
+		}
+	}
+}
+
+// refused reports whether asking again would get the same answer.
+func refused(err error) bool {
+	return slices.Contains([]codes.Code{codes.FailedPrecondition, codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated,
+		codes.AlreadyExists, codes.NotFound, codes.ResourceExhausted, codes.Unimplemented}, status.Code(err))
+}
+
+// sleep is for waiting on others that cannot be subscribed to.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// askToAdd returns the first answer that is one.
+func (n *Node) askToAdd(ctx context.Context, peers []string, req *pb.AddRequest) (resp *pb.AddResponse, err error) {
+	err = errors.New("no member to ask is known")
+	for _, address := range peers {
+		if resp, err = n.addAt(ctx, address, req); err == nil || refused(err) {
+			return resp, err
+		}
+		err = fmt.Errorf("%s: %w", address, err)
+	}
+	return nil, err
+}
+
+func (n *Node) addAt(ctx context.Context, address string, req *pb.AddRequest) (*pb.AddResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	options := n.dialOptions()
+	if len(options) == 0 {
+		options = []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()}
+	}
+	conn, err := grpc.NewClient("passthrough:///"+address, options...)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return pb.NewMembershipClient(conn).Add(ctx, req)
+}
+
+// admitted makes the node what it was admitted as.
+func (n *Node) admitted(resp *pb.AddResponse) error {
+	if len(resp.ClusterId) != len(txn.UUID{}) || resp.Node == 0 || resp.Cluster != n.cfg.Cluster {
+		return fmt.Errorf("join cluster %s: the answer is no admission: node %d of cluster %q", n.cfg.Cluster, resp.Node, resp.Cluster)
+	}
+	err := n.identity.change(func(id *config.Identity) {
+		id.State, id.Node, id.ClusterID = config.StateJoining, txn.NodeID(resp.Node), txn.UUID(resp.ClusterId)
+		id.Peers, id.Token, id.Server, id.Started = resp.Peers, "", config.Server{}, false
+	})
+	n.cfg.Node = txn.NodeID(resp.Node)
+	return err
+}
+
+// join gives a node that was admitted its data, and begins its first incarnation. It goes on where an earlier attempt was
+// interrupted, and on until ctx ends.
+func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) {
+	n.states.set(stateJoining, "the node is joining: it waits for the log")
+	o := n.observer.Load()
+	if err := n.awaitAdmission(ctx, o); err != nil {
+		return nil, err
+	}
+	member, _ := o.machine.Membership().Find(n.cfg.Node)
+	if member.Slot == replication.NoSlot {
+		return nil, fmt.Errorf("node %s was admitted as a witness, and role is %s: %w", n.cfg.Node, n.cfg.Role, errRole)
+	}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: member.Slot, MaxNodes: replication.MaxSlots}
+	n.states.set(stateCloning, "the node is copying another member's data")
+	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
+		err := n.obtain(ctx, id, nil)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		n.states.set(stateCloning, "the node has not got a copy yet: "+err.Error())
+		n.log.Warn("no copy of another member's data yet", logkey.Error, err)
+		if err := sleep(ctx, pause); err != nil {
+			return nil, err
+		}
+	}
+	n.states.set(stateCatchingUp, "the node has a copy, and begins to follow the log")
+	return n.reopen(ctx, waits)
+}
+
+// errRole: the node's configuration is not what it was admitted as.
+var errRole = errors.New("remove its data_dir and join again")
+
+// becomeMember remembers that the node is in the cluster. That ends joining: the node gets its vote, if there is room for it.
+func (n *Node) becomeMember(ctx context.Context) error {
+	if !n.identity.get().Started {
+		if err := n.identity.change(func(id *config.Identity) { id.Started = true }); err != nil {
+			return err
+		}
+	}
+	if !n.identity.joining() {
+		return nil
+	}
+	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
+		_, err := n.askMembership().Promote(ctx, &pb.PromoteRequest{Node: uint32(n.cfg.Node)})
+		if err == nil {
+			break
+		}
+		if status.Code(err) == codes.FailedPrecondition && n.maxVotersReached() {
+			n.log.Info("the node follows without a vote", logkey.Reason, status.Convert(err).Message())
+			break
+		}
+		n.log.Info("the node has no vote yet", logkey.Error, err)
+		if err := sleep(ctx, pause); err != nil {
+			return err
+		}
+	}
+	replaced := n.identity.get().Replaces
+	if err := n.identity.change(func(id *config.Identity) { id.State, id.Peers, id.Replaces = config.StateMember, nil, 0 }); err != nil {
+		return err
+	}
+	n.forgetOldLogs()
+	if replaced != 0 {
+		n.event(events.Info, eventMemberAdmitted, n.cfg.Node, fmt.Sprintf("node %s has taken the place of node %s", n.cfg.Node, replaced))
+	}
+	return nil
+}
+
+func (n *Node) maxVotersReached() bool {
+	voters := 0
+	for _, s := range n.servers() {
+		if s.Voter {
+			voters++
+		}
+	}
+	return voters >= maxVoters
+}
+
+// askMembership is this node's own service, which hands calls on to the leader.
+func (n *Node) askMembership() pb.MembershipServer { return n.admin.Load().Membership() }
+
+// forgetOldLogs removes the logs that earlier identities of this data directory had.
+func (n *Node) forgetOldLogs() {
+	current := n.identity.get().RaftDir(n.cfg.DataDir)
+	found, err := filepath.Glob(filepath.Join(n.cfg.DataDir, "raft*"))
+	for _, dir := range found {
+		if dir != current {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}
+	if err != nil {
+		n.log.Warn("an old log stays", logkey.Error, err)
+	}
+}
+
+// Resync implements admin.Membership: the node gives up its data, and joins the cluster anew in its own place.
+func (n *Node) Resync(context.Context) error { return n.rejoin("an operator has asked for it") }
+
+// rejoin makes the node join the cluster anew, as soon as it is opened again.
+func (n *Node) rejoin(reason string) error {
+	if n.cfg.Witness() || !n.cfg.Postgres.Managed {
+		return admin.Refuse(codes.FailedPrecondition, "node %s has no PostgreSQL of its own that it could exchange; remove the node, and join a new one", n.cfg.Node)
+	}
+	var peers []string
+	for _, m := range n.members() {
+		if m.ID != n.cfg.Node {
+			peers = append(peers, m.GRPC)
+		}
+	}
+	if len(peers) == 0 {
+		return admin.Refuse(codes.FailedPrecondition, "node %s is the only member: there is nobody to copy the data from", n.cfg.Node)
+	}
+	if state := n.identity.get().State; state != config.StateMember {
+		return admin.Refuse(codes.FailedPrecondition, "node %s is %s already, or cannot come back", n.cfg.Node, state)
+	}
+	n.log.Warn("this node joins the cluster anew, and sets its data aside", logkey.Reason, reason)
+	n.event(events.Warning, eventState, n.cfg.Node, fmt.Sprintf("node %s joins the cluster anew: %s", n.cfg.Node, reason))
+	err := n.identity.change(func(id *config.Identity) {
+		id.State, id.Request, id.Replaces, id.Peers = config.StateApplying, txn.NewUUID(), n.cfg.Node, peers
+	})
+	if err != nil {
+		return err
+	}
+	n.states.set(stateFailed, "the node joins the cluster anew: "+reason)
+	n.cancel(ErrReopen)
+	return nil
+}
+
+// wasRemoved fences the node for good. A joining node may have been removed as well.
+func (n *Node) wasRemoved(reason string) {
+	if n.identity.get().State == config.StateApplying {
+		return // as which it was removed: it comes back as another one
+	}
+	err := n.identity.change(func(id *config.Identity) { id.State, id.Reason = config.StateRemoved, reason })
+	if err != nil {
+		n.log.Error("that this node was removed is not on disk", logkey.Error, err)
+	}
+	n.fence(fmt.Errorf("%w (%s)", errRemoved, reason))
+}
+
+// staysRemoved is what opening does for a node that was removed: it says so.
+func (n *Node) staysRemoved(context.Context) error {
+	n.states.set(stateRemoved, fmt.Sprintf("%v (%s)", errRemoved, n.identity.get().Reason))
+	return nil
+}
+
+// The times of watchMembership.
+const (
+	membershipInterval = time.Second
+	askRemovedAfter    = 10 * time.Second // without a majority
+)
+
+// watchMembership finishes what a leader has left undone, and asks the others, when none of them is heard of, whether this
+// node was removed: a node that was away at that time is told nothing any more.
+func (n *Node) watchMembership(ctx context.Context) error {
+	ticker := time.NewTicker(membershipInterval)
+	defer ticker.Stop()
+	c := n.consensus.Load()
+	asked := time.Now()
+	for {
+		select {
+		case <-ticker.C:
+		case <-c.Removed():
+			n.wasRemoved("the other members have taken it out of the group")
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
+		n.removeLeftovers(ctx)
+		if time.Since(c.QuorumContact()) > askRemovedAfter && time.Since(asked) > askRemovedAfter {
+			asked = time.Now()
+			if n.othersSayRemoved(ctx) {
+				n.wasRemoved("the other members say so")
+				return nil
+			}
+		}
+	}
+}
+
+// othersSayRemoved reports whether a member of this cluster answers that this node is none any more.
+func (n *Node) othersSayRemoved(ctx context.Context) bool {
+	id := n.identity.get()
+	for _, other := range n.others() {
+		conn, err := n.peers.Conn(other)
+		if err != nil {
+			continue
+		}
+		ask, cancel := context.WithTimeout(ctx, aliveTimeout)
+		resp, err := pb.NewMembershipClient(conn).List(ask, &pb.ListMembersRequest{})
+		cancel()
+		if err != nil || len(resp.ClusterId) != len(txn.UUID{}) || txn.UUID(resp.ClusterId) != id.ClusterID {
+			continue
+		}
+		is := slices.ContainsFunc(resp.Members, func(m *pb.ListedMember) bool { return m.Id == uint32(n.cfg.Node) })
+		if !is && resp.Highest >= uint32(n.cfg.Node) {
+			return true
+		}
+	}
+	return false
+}
+
+// behind is what becomes of a node that the log has left behind: unattended, it joins the cluster anew.
+func (n *Node) behind(err error) {
+	if rejoining := n.rejoin(err.Error()); rejoining != nil {
+		n.fence(fmt.Errorf("%w; %w", err, rejoining))
+	}
+}
+
+var _ consensus.Machine = (*observer)(nil)
