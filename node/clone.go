@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"time"
 
@@ -33,6 +34,8 @@ func (d donor) Connect(ctx context.Context, replication bool) (*pgconn.PgConn, e
 	if err != nil {
 		return nil, err
 	}
+	// A clone may take hours, most of which this session waits.
+	c.RuntimeParams["idle_session_timeout"], c.RuntimeParams["statement_timeout"] = "0", "0"
 	if replication {
 		c.RuntimeParams["replication"] = "database"
 	}
@@ -100,6 +103,10 @@ func (n *Node) holdOnce(ctx context.Context, at func(context.Context) error) (tx
 		if p.err != nil {
 			return 0, p.err
 		}
+		began := time.Now()
+		defer func() {
+			n.log.Info("commits waited while a clone's place was found", logkey.CSN, uint64(p.csn), logkey.Duration, time.Since(began))
+		}()
 		return p.csn, i.snapshotAt(ctx, p, func(ctx context.Context) error {
 			// The clone's progress: what it must go on from is in it.
 			if err := i.pipeline.Flush(ctx, p.csn); err != nil {
@@ -237,6 +244,12 @@ func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Ident
 	}
 	if c.Account.UID != os.Geteuid() {
 		target.UID, target.GID = c.Account.UID, c.Account.GID
+	}
+	if err := os.MkdirAll(filepath.Dir(dataDir), 0o755); err != nil {
+		return fmt.Errorf("make the directory of the data directory: %w", err)
+	}
+	if err := c.Account.CanReach(making); err != nil {
+		return fmt.Errorf("reach postgres.data_dir: %w", err)
 	}
 	n.log.Info("this node is given a copy of another member", "donor", from.Node)
 	defer n.cloning.Store(nil)
