@@ -252,6 +252,19 @@ func TestTokenFile(t *testing.T) {
 			t.Errorf("%.40q: %v, want %s", tc.text, err, tc.want)
 		}
 	}
+	loose := filepath.Join(t.TempDir(), "tokens")
+	if err := os.WriteFile(loose, []byte(line), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := readTokens(loose); err != nil || len(list) != 1 {
+		t.Errorf("%v, %v", list, err)
+	}
+	if err := os.Chmod(loose, 0o620); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readTokens(loose); err == nil || !strings.Contains(err.Error(), "chmod go-w") {
+		t.Errorf("a file that others can write: %v", err)
+	}
 	for _, name := range []string{"", "a b", "ä", strings.Repeat("x", 65)} {
 		if _, _, err := NewToken(pki.Read, name); err == nil {
 			t.Errorf("a token for %q", name)

@@ -58,6 +58,13 @@ func readTokens(name string) (tokens, error) {
 		return nil, fmt.Errorf("read tokens: %w", err)
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("read tokens: %w", err)
+	}
+	if info.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("read tokens: %s has mode %04o, so that others can add to it: chmod go-w %s", name, info.Mode().Perm(), name)
+	}
 	text, err := io.ReadAll(io.LimitReader(f, maxTokenFile+1))
 	if err != nil {
 		return nil, fmt.Errorf("read tokens: %w", err)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
@@ -121,6 +123,17 @@ func TestHandshakes(t *testing.T) {
 	expired := place(t, dir, "expired", ourCA, issued(t, ours, "old", Node, time.Now().Add(-23*time.Hour-59*time.Minute)))
 	late := opened(t, expired)
 
+	// Signed by an authority that also signs other servers.
+	web, _, _, err := issue(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "web", OrganizationalUnit: []string{"web"}}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}, ours.cert, ours.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := opened(t, place(t, dir, "web", ourCA, web))
+
 	peer, serverErr, clientErr := shake(t, node.Server(), dialling(other, "127.0.0.1"))
 	if serverErr != nil || clientErr != nil {
 		t.Fatalf("two nodes: %v, %v", serverErr, clientErr)
@@ -145,6 +158,7 @@ func TestHandshakes(t *testing.T) {
 		{"a server of another authority", stranger.Server(), dialling(node, "127.0.0.1"), "unknown authority"},
 		{"a server elsewhere", other.Server(), dialling(node, "127.0.0.2"), "not 127.0.0.2"},
 		{"a person's certificate on a server", person.Server(), dialling(node, "127.0.0.1"), "IP SANs"},
+		{"a server that is no node", server.Server(), dialling(node, "127.0.0.1"), "must be a node's"},
 		{"old TLS", node.Server(), &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}, "protocol version"},
 		{"expired", node.Server(), func() *tls.Config {
 			c := dialling(late, "127.0.0.1")
