@@ -1,6 +1,8 @@
 package consensus
 
 import (
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -76,6 +78,14 @@ type Config struct {
 	// One that is further behind must be cloned. Default 10240.
 	TrailingLogs uint64
 
+	// ServerTLS and ClientTLS are used on Raft connections, which come in and go out; nil: no encryption, for loopback and
+	// trusted networks only. ClientTLS is asked for every connection, and given the host that is dialled as ServerName
+	// unless it has one. Both sides should demand a certificate of the other.
+	ServerTLS *tls.Config
+	ClientTLS func() *tls.Config
+	// VerifyPeer may refuse the other side of such a connection, on either end, for what its certificate says; nil: nobody.
+	VerifyPeer func(tls.ConnectionState) error
+
 	walSegment int // bytes of a file of raft-wal's, which truncation deletes as a whole; 0: its default
 
 	// DialOptions are used towards other members' gRPC servers. Empty means without encryption, for loopback only.
@@ -122,6 +132,9 @@ func (c *Config) validate() error {
 	}
 	if _, _, err := net.SplitHostPort(c.RaftAddress); err != nil {
 		return fmt.Errorf("raft address: %w", err)
+	}
+	if (c.ServerTLS == nil) != (c.ClientTLS == nil) {
+		return errors.New("TLS: configured for one direction only")
 	}
 	if c.WriteDeadline < 0 || c.VerifyInterval < 0 {
 		return fmt.Errorf("write deadline and verify interval: must not be negative")

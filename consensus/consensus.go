@@ -209,11 +209,22 @@ func dialOptions(given []grpc.DialOption) []grpc.DialOption {
 
 func (c *Consensus) listen() (*transport, error) {
 	return listenRaft(c.config.RaftAddress, transportConfig{
-		id:             serverID(c.config.Node),
+		streamConfig: streamConfig{
+			node: c.config.Node, cluster: c.config.ClusterID,
+			serverTLS: c.config.ServerTLS, clientTLS: c.config.ClientTLS, verifyPeer: c.config.VerifyPeer,
+			refused: c.connectionRefused,
+		},
 		logger:         newHCLog(c.logger),
 		refuseSnapshot: c.refuseSnapshot,
 		injected:       c.metrics.notices.Inc,
 	})
+}
+
+// connectionRefused does not warn: strangers should not be able to fill anybody's disk. A member that is turned away by
+// mistake says so itself.
+func (c *Consensus) connectionRefused(reason string, err error) {
+	c.metrics.refusals.WithLabelValues(reason).Inc()
+	c.logger.Debug("raft connection refused", logkey.Reason, reason, logkey.Error, err)
 }
 
 func (c *Consensus) startRaft() error {

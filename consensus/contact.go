@@ -110,9 +110,9 @@ func (a *answers) since(began time.Time, term uint64, voters []raft.ServerID, se
 }
 
 // AppendEntries implements raft.Transport. Heartbeats come this way, so what is pipelined need not be looked at.
-func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, m *raft.AppendEntriesRequest, answer *raft.AppendEntriesResponse) error {
+func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, m *raft.AppendEntriesRequest, answer *raft.AppendEntriesResponse) error {
 	sent := time.Now()
-	if err := t.NetworkTransport.AppendEntries(id, target, m, answer); err != nil {
+	if err := t.NetworkTransport.AppendEntries(id, target(id, at), m, answer); err != nil {
 		return err
 	}
 	if answer.Term == m.Term {

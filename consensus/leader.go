@@ -175,12 +175,12 @@ func (c *Consensus) leads(r *reign) bool {
 // than the election timeout, this node goes on leading. Meanwhile, proposals are refused.
 func (c *Consensus) TransferLeadership(ctx context.Context, to txn.NodeID) error {
 	if err := c.transferLeadership(ctx, to); err != nil {
-		return fmt.Errorf("transfer leadership to %s: %w", target(to), err)
+		return fmt.Errorf("transfer leadership to %s: %w", successor(to), err)
 	}
 	return nil
 }
 
-func target(n txn.NodeID) string {
+func successor(n txn.NodeID) string {
 	if n == 0 {
 		return "another node"
 	}

@@ -17,6 +17,7 @@ type metrics struct {
 	notices        prometheus.Counter
 	flushes        prometheus.Counter
 	verifications  *prometheus.CounterVec
+	refusals       *prometheus.CounterVec
 
 	all      []prometheus.Collector
 	registry prometheus.Registerer
@@ -54,8 +55,10 @@ func newMetrics(status func() Status) *metrics {
 		verifications: prometheus.NewCounterVec(
 			counter("log_verifications_total", "Comparisons of a range of this node's log with the leader's checksum."), []string{"result"}),
 	}
+	m.refusals = prometheus.NewCounterVec(
+		counter("connections_refused_total", "Raft connections to this node that were turned away, by why."), []string{"reason"})
 	m.all = []prometheus.Collector{
-		m.proposeSeconds, m.failures, m.elections, m.notices, m.flushes, m.verifications,
+		m.proposeSeconds, m.failures, m.elections, m.notices, m.flushes, m.verifications, m.refusals,
 		gauge("leader_node", "The node that this node believes to lead; 0: none.", func(s Status) float64 { return float64(s.Leader) }),
 		gauge("term", "Raft's current term.", func(s Status) float64 { return float64(s.Term) }),
 		gauge("last_index", "Index of the last entry in this node's log.", func(s Status) float64 { return float64(s.LastIndex) }),
@@ -67,6 +70,9 @@ func newMetrics(status func() Status) *metrics {
 	}
 	for _, outcome := range []string{outcomeRefused, outcomeUnknown} {
 		m.failures.WithLabelValues(outcome)
+	}
+	for _, reason := range refusals {
+		m.refusals.WithLabelValues(reason)
 	}
 	return m
 }

@@ -10,7 +10,7 @@ import (
 // A writer goes on when nobody reads answers any more. Raft's own pipeline stops after a few messages.
 func TestPipelineWithoutReader(t *testing.T) {
 	t.Cleanup(func() { requireNoGoroutines(t) })
-	receiver, sender := listen(t, nil), listen(t, nil)
+	receiver, sender := listen(t, 2, nil), listen(t, 1, nil)
 	stop := make(chan struct{})
 	answered := make(chan struct{})
 	go func() {

@@ -1,19 +1,14 @@
 package consensus
 
 import (
-	"context"
 	"fmt"
 	"io"
-	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
-
-	"github.com/quorate/quorate/txn"
 )
 
 // rpcTimeout bounds one Raft message between members, answer included, and connecting. An install of a snapshot gets
@@ -57,7 +52,7 @@ type transport struct {
 }
 
 type transportConfig struct {
-	id     raft.ServerID // this node
+	streamConfig
 	logger hclog.Logger
 	// refuseSnapshot, if it returns an error, is why a snapshot with that last index cannot be installed here.
 	refuseSnapshot func(lastIndex uint64) error
@@ -66,7 +61,7 @@ type transportConfig struct {
 
 // listenRaft binds address and starts the transport. Nothing is delivered before Raft consumes it.
 func listenRaft(address string, conf transportConfig) (*transport, error) {
-	stream, err := listenStream(address)
+	stream, err := listenStream(address, conf.streamConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +81,30 @@ func listenRaft(address string, conf transportConfig) (*transport, error) {
 
 // LocalAddr implements raft.Transport. What Raft calls the address of a sender it only compares: where to reach somebody
 // is for its configuration to say, where it may change. So the identity does.
-func (t *transport) LocalAddr() raft.ServerAddress { return raft.ServerAddress(t.id) }
+func (t *transport) LocalAddr() raft.ServerAddress { return raft.ServerAddress(serverID(t.node)) }
+
+// Whom Raft dials it names by an address alone: what the other side is greeted as would be missing. So here every
+// message is addressed to the identity and the address.
+
+// RequestVote implements raft.Transport.
+func (t *transport) RequestVote(id raft.ServerID, at raft.ServerAddress, m *raft.RequestVoteRequest, answer *raft.RequestVoteResponse) error {
+	return t.NetworkTransport.RequestVote(id, target(id, at), m, answer)
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *transport) RequestPreVote(id raft.ServerID, at raft.ServerAddress, m *raft.RequestPreVoteRequest, answer *raft.RequestPreVoteResponse) error {
+	return t.NetworkTransport.RequestPreVote(id, target(id, at), m, answer)
+}
+
+// InstallSnapshot implements raft.Transport.
+func (t *transport) InstallSnapshot(id raft.ServerID, at raft.ServerAddress, m *raft.InstallSnapshotRequest, answer *raft.InstallSnapshotResponse, data io.Reader) error {
+	return t.NetworkTransport.InstallSnapshot(id, target(id, at), m, answer, data)
+}
+
+// TimeoutNow implements raft.Transport.
+func (t *transport) TimeoutNow(id raft.ServerID, at raft.ServerAddress, m *raft.TimeoutNowRequest, answer *raft.TimeoutNowResponse) error {
+	return t.NetworkTransport.TimeoutNow(id, target(id, at), m, answer)
+}
 
 // Consumer implements raft.Transport.
 func (t *transport) Consumer() <-chan raft.RPC { return t.out }
@@ -236,108 +254,4 @@ func (t *transport) Close() error {
 		t.stream.wait()
 	})
 	return err
-}
-
-// streamLayer is TCP that knows its connections, which Raft's own does not: it leaves those that came in open until
-// the other side closes them.
-type streamLayer struct {
-	net.Listener
-	ctx    context.Context // of dialling
-	cancel context.CancelFunc
-
-	mu    sync.Mutex
-	open  map[*trackedConn]bool
-	shut  bool
-	serve sync.WaitGroup // accepted connections that are not closed yet
-}
-
-func listenStream(address string) (*streamLayer, error) {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return nil, fmt.Errorf("listen for Raft: %w", err)
-	}
-	s := &streamLayer{Listener: l, open: make(map[*trackedConn]bool)}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	return s, nil
-}
-
-// Dial implements raft.StreamLayer.
-func (s *streamLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	d := net.Dialer{Timeout: timeout}
-	host, _, _ := strings.Cut(string(address), " ") // see serverAddress
-	conn, err := d.DialContext(s.ctx, "tcp", host)
-	if err != nil {
-		return nil, err
-	}
-	return s.track(conn, false)
-}
-
-// Accept implements net.Listener.
-func (s *streamLayer) Accept() (net.Conn, error) {
-	conn, err := s.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return s.track(conn, true)
-}
-
-func (s *streamLayer) track(conn net.Conn, accepted bool) (net.Conn, error) {
-	c := &trackedConn{Conn: conn, in: s, accepted: accepted}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.shut {
-		return nil, fmt.Errorf("raft connection: %w", txnClosed(conn.Close()))
-	}
-	s.open[c] = true
-	if accepted {
-		s.serve.Add(1)
-	}
-	return c, nil
-}
-
-// Close stops listening and cuts every connection.
-func (s *streamLayer) Close() error {
-	s.cancel()
-	err := s.Listener.Close()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.shut = true
-	for c := range s.open {
-		if cutErr := c.Conn.Close(); err == nil {
-			err = cutErr
-		}
-	}
-	return err
-}
-
-// wait waits until the handler of every accepted connection is done with it.
-func (s *streamLayer) wait() { s.serve.Wait() }
-
-type trackedConn struct {
-	net.Conn
-	in       *streamLayer
-	accepted bool
-	once     sync.Once
-}
-
-// Close is what a handler does last.
-func (c *trackedConn) Close() error {
-	err := c.Conn.Close()
-	c.once.Do(func() {
-		c.in.mu.Lock()
-		delete(c.in.open, c)
-		c.in.mu.Unlock()
-		if c.accepted {
-			c.in.serve.Done()
-		}
-	})
-	return err
-}
-
-// txnClosed is txn.ErrClosed, with err if closing failed as well.
-func txnClosed(err error) error {
-	if err != nil {
-		return fmt.Errorf("%w: %w", txn.ErrClosed, err)
-	}
-	return txn.ErrClosed
 }

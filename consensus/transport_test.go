@@ -6,6 +6,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+
+	"github.com/quorate/quorate/txn"
 )
 
 func TestHeartbeatFilter(t *testing.T) {
@@ -36,13 +38,13 @@ func TestHeartbeatFilter(t *testing.T) {
 }
 
 // listen starts a transport without Raft behind it.
-func listen(t *testing.T, refuse func(uint64) error) *transport {
+func listen(t *testing.T, node txn.NodeID, refuse func(uint64) error) *transport {
 	t.Helper()
 	if refuse == nil {
 		refuse = func(uint64) error { return nil }
 	}
 	tr, err := listenRaft("127.0.0.1:0", transportConfig{
-		id: "me", logger: hclog.NewNullLogger(), refuseSnapshot: refuse, injected: func() {},
+		streamConfig: streamConfig{node: node, refused: func(string, error) {}}, logger: hclog.NewNullLogger(), refuseSnapshot: refuse, injected: func() {},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +61,7 @@ func listen(t *testing.T, refuse func(uint64) error) *transport {
 // through the real network.
 func TestHeartbeatGoesToMainThread(t *testing.T) {
 	t.Cleanup(func() { requireNoGoroutines(t) })
-	receiver, sender := listen(t, nil), listen(t, nil)
+	receiver, sender := listen(t, 2, nil), listen(t, 1, nil)
 	fast := make(chan raft.RPC, 1)
 	receiver.SetHeartbeatHandler(func(rpc raft.RPC) { fast <- rpc })
 	done := make(chan error, 1)
@@ -155,8 +157,8 @@ func TestNoticeInjection(t *testing.T) {
 // The refusal reaches the sender, whose connection is not left in the middle of the snapshot.
 func TestSnapshotRefusal(t *testing.T) {
 	t.Cleanup(func() { requireNoGoroutines(t) })
-	receiver := listen(t, func(uint64) error { return ErrBehind })
-	sender := listen(t, nil)
+	receiver := listen(t, 2, func(uint64) error { return ErrBehind })
+	sender := listen(t, 1, nil)
 	body := make([]byte, 1<<20)
 	request := &raft.InstallSnapshotRequest{
 		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte("1"), Addr: []byte("a")},
