@@ -3,7 +3,7 @@
 // and, but for the last instants, one of the machine. What is damaged is left out when it is read, the rest is kept.
 //
 // Events are few. A fault that repeats itself without end must not drown the others: the same event, by kind, node and
-// text, is noted once in ten seconds; the next one that is says how many were left out.
+// text, is noted five times in ten seconds and no more; the next one that is says how many were left out.
 package events
 
 import (
@@ -69,6 +69,7 @@ const (
 	maxKept  = 4096
 	maxEvent = 8 << 10
 	quiet    = 10 * time.Second
+	burst    = 5
 	maxTold  = 256 // of which repetitions are left out
 )
 
@@ -93,9 +94,10 @@ type Log struct {
 	torn bool // the last write may have ended within a line
 }
 
+// repetition is what was told of one event since at, and what was not.
 type repetition struct {
-	at      time.Time
-	omitted int
+	at            time.Time
+	told, omitted int
 }
 
 // Open reads the events in the files "events" and "events.old" of a directory and goes on from there. failed takes what
@@ -240,6 +242,10 @@ func (l *Log) worthNoting(e *Event, now time.Time) bool {
 	name := fmt.Sprintf("%s %d %s", e.Kind, e.Node, e.Text)
 	r := l.told[name]
 	if r != nil && now.Sub(r.at) < quiet {
+		if r.told < burst {
+			r.told++
+			return true
+		}
 		r.omitted++
 		return false
 	}
@@ -253,7 +259,7 @@ func (l *Log) worthNoting(e *Event, now time.Time) bool {
 		maps.DeleteFunc(l.told, func(_ string, r *repetition) bool { return now.Sub(r.at) >= quiet })
 	}
 	if len(l.told) < maxTold {
-		l.told[name] = &repetition{at: now}
+		l.told[name] = &repetition{at: now, told: 1}
 	}
 	return true
 }

@@ -4,6 +4,8 @@ import (
 	"errors"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/txn"
 )
 
 type metrics struct {
@@ -29,7 +31,7 @@ func newMetrics() *metrics {
 	vec := func(name, help, label string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "quorate_gateway_" + name, Help: help}, []string{label})
 	}
-	return &metrics{
+	m := &metrics{
 		sessions: prometheus.NewGauge(prometheus.GaugeOpts{Name: "quorate_gateway_sessions", Help: "Clients connected."}),
 		commits:  counter("commits_total", "Replicated transactions that committed here."),
 		aborts:   vec("aborts_total", "Transactions aborted instead of committed, by reason.", "reason"),
@@ -40,6 +42,10 @@ func newMetrics() *metrics {
 		marker:   latency("marker_seconds", "Time from COMMIT to the marker's being written."),
 		commit:   latency("commit_seconds", "Time from COMMIT to its answer, of replicated transactions."),
 	}
+	for reason := txn.AbortConflict; reason <= txn.AbortInvalid; reason++ {
+		m.aborts.WithLabelValues(reason.String())
+	}
+	return m
 }
 
 func (m *metrics) all() []prometheus.Collector {

@@ -44,6 +44,9 @@ func newMetrics(r prometheus.Registerer, p *Pipeline) *metrics {
 			Name: "quorate_apply_retries_total", Help: "Executions that had to be repeated, by reason.",
 		}, []string{"reason"}),
 	}
+	for _, kind := range []string{"worker", "session", "other"} {
+		m.evictions.WithLabelValues(kind)
+	}
 	m.remote, m.local = m.transactions.WithLabelValues("remote"), m.transactions.WithLabelValues("local")
 	if r == nil {
 		return m

@@ -1,6 +1,10 @@
 package coord
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/txn"
+)
 
 type metrics struct {
 	capture prometheus.Histogram
@@ -20,6 +24,9 @@ func newMetrics(r prometheus.Registerer) metrics {
 		batch:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "quorate_coord_batch_transactions", Help: "Transactions per proposed log entry.", Buckets: prometheus.ExponentialBuckets(1, 2, 9)}),
 		decided: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "quorate_coord_transactions_total", Help: "This node's own transactions by verdict; reason none is a commit."}, []string{"reason"}),
 		nudges:  prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_coord_nudges_total", Help: "Markers that arrived before their seal."}),
+	}
+	for reason := txn.AbortNone; reason <= txn.AbortInvalid; reason++ {
+		m.decided.WithLabelValues(reason.String())
 	}
 	r.MustRegister(m.capture, m.order, m.total, m.batch, m.decided, m.nudges)
 	return m

@@ -1,0 +1,345 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/quorate/quorate/test/cluster"
+)
+
+// view is what "quorate nodes", "heartbeats" and "watch" print as JSON.
+type view struct {
+	Quorum      bool
+	Leader      int
+	Voters      int
+	VotersHeard int `json:"voters_heard"`
+	Nodes       []struct {
+		ID     int
+		Heard  bool
+		Health *struct {
+			State       string
+			PostgresUp  bool    `json:"postgres_up"`
+			Connections int     `json:"connections"`
+			DiskFree    float64 `json:"disk_free_bytes"`
+			Commits     float64 `json:"commits_per_second"`
+		}
+		Hears []struct {
+			Node       int
+			AgeSeconds *float64 `json:"age_seconds"`
+		}
+	}
+}
+
+// hears returns how long ago one node heard another, as the view has it.
+func (v view) hears(hearer, other int) float64 {
+	for _, n := range v.Nodes {
+		for _, h := range n.Hears {
+			if n.ID == hearer && h.Node == other && h.AgeSeconds != nil {
+				return *h.AgeSeconds
+			}
+		}
+	}
+	return -1
+}
+
+func TestEveryNodeShowsTheCluster(t *testing.T) {
+	c, ctx := start(t)
+	for asked := 1; asked <= c.Nodes; asked++ {
+		await(t, ctx, "a whole view", func() error {
+			var v view
+			ask(t, ctx, c, asked, &v, "nodes")
+			if !v.Quorum || v.Leader == 0 || v.Voters != 3 || v.VotersHeard != 3 || len(v.Nodes) != 3 {
+				return fmt.Errorf("node %d shows %+v", asked, v)
+			}
+			for _, n := range v.Nodes {
+				if !n.Heard || n.Health == nil || n.Health.State != "active" || !n.Health.PostgresUp || n.Health.Connections == 0 || n.Health.DiskFree == 0 {
+					return fmt.Errorf("node %d shows node %d as %+v", asked, n.ID, n.Health)
+				}
+				for _, other := range v.Nodes {
+					if age := v.hears(n.ID, other.ID); n.ID != other.ID && (age < 0 || age > 1.5) {
+						return fmt.Errorf("node %d shows that node %d heard node %d %v s ago", asked, n.ID, other.ID, age)
+					}
+				}
+			}
+			return nil
+		})
+	}
+	for _, command := range []string{"status", "nodes", "heartbeats", "events", "conflicts", "transactions"} {
+		for _, format := range []string{"table", "json", "yaml"} {
+			code, out, errs := quorate(t, ctx, c, 2, command, "-o", format)
+			if code != 0 || out == "" || errs != "" {
+				t.Errorf("quorate %s -o %s: %d, %q, %q", command, format, code, out, errs)
+			}
+		}
+	}
+	if code, out, _ := quorate(t, ctx, c, 1, "status", "--check"); code != 0 || !strings.Contains(out, "1 more may fail") {
+		t.Errorf("status --check of a whole cluster: %d\n%s", code, out)
+	}
+	if code, out, errs := quorate(t, ctx, c, 1, "watch", "-n", "2", "-o", "json"); code != 0 || strings.Count(out, "\n") != 2 {
+		t.Errorf("watch -n 2: %d, %q, %s", code, out, errs)
+	}
+	for _, tc := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"transactions nonsense", 1, "one looks like"},
+		{"transactions 1-2-3", 0, "unknown"},
+		{"events --limit 1001", 1, "must be at most 1000"},
+		{"events --severity loud", 2, "must be info, warning or error"},
+		{"events --since -1h", 2, "must not be negative"},
+		{"status --color green", 2, "must be one of auto, always, never"},
+	} {
+		code, out, errs := quorate(t, ctx, c, 1, strings.Fields(tc.args)...)
+		if code != tc.code || !strings.Contains(out+errs, tc.want) {
+			t.Errorf("quorate %s: %d, %s%s; want %d, %q", tc.args, code, out, errs, tc.code, tc.want)
+		}
+	}
+}
+
+func TestConflictsAndTransactions(t *testing.T) {
+	c, ctx := start(t)
+	// Two transactions change one row on two nodes, and one commits first.
+	one, err := c.Connect(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer one.Close(ctx)
+	var gid string
+	for _, s := range []string{"BEGIN", "UPDATE account SET v = v + 1 WHERE id = 7"} {
+		if _, err := one.Exec(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := one.QueryRow(ctx, "SELECT quorate.current_gid()").Scan(&gid); err != nil {
+		t.Fatal(err)
+	}
+	sql(t, ctx, c, 2, "UPDATE account SET v = v + 1 WHERE id = 7")
+	if _, err := one.Exec(ctx, "COMMIT"); !cluster.IsConflict(err) {
+		t.Fatalf("both commit: %v", err)
+	}
+	type conflict struct {
+		Kind, GID, Table, Key string
+		Node                  int
+		WinnerNode            int `json:"winner_node"`
+	}
+	for asked := 1; asked <= c.Nodes; asked++ {
+		await(t, ctx, "the conflict", func() error {
+			var got struct{ Conflicts []conflict }
+			ask(t, ctx, c, asked, &got, "conflicts")
+			for _, f := range got.Conflicts {
+				switch {
+				case f.Kind == "certification" && f.GID == gid && f.Table == "public.account" && f.Key == "(id)=(7)" && f.WinnerNode == 2 && f.Node == 1:
+					return nil
+				case f.Kind == "eviction" && f.Node == 1 && f.WinnerNode == 2: // it had come before COMMIT
+					return nil
+				}
+			}
+			return fmt.Errorf("node %d remembers %+v", asked, got.Conflicts)
+		})
+	}
+
+	// A transaction that has committed is found everywhere.
+	if _, err := one.Exec(ctx, "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{"BEGIN", "UPDATE account SET v = v + 1 WHERE id = 8"} {
+		if _, err := one.Exec(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := one.QueryRow(ctx, "SELECT quorate.current_gid()").Scan(&gid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := one.Exec(ctx, "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	for asked := 1; asked <= c.Nodes; asked++ {
+		await(t, ctx, "the outcome", func() error {
+			var got struct{ Status string }
+			ask(t, ctx, c, asked, &got, "transactions", gid)
+			if got.Status != "committed" {
+				return fmt.Errorf("node %d says %q of a transaction that has committed", asked, got.Status)
+			}
+			return nil
+		})
+	}
+
+	// Some are seen on their way.
+	working, stop := context.WithCancel(ctx)
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	defer stop()
+	for node := 1; node <= c.Nodes; node++ {
+		clients.Go(func() {
+			for i := 0; working.Err() == nil; i++ {
+				conn, err := c.Connect(working, node)
+				if err != nil {
+					continue // stopped, or the next attempt tells
+				}
+				for range 50 {
+					_, _ = conn.Exec(working, "UPDATE account SET v = v + 1 WHERE id = $1", 10*node+i%10) // whether it commits does not matter here
+				}
+				_ = conn.Close(context.Background())
+			}
+		})
+	}
+	await(t, ctx, "a transaction in flight", func() error {
+		var got struct {
+			Transactions []struct{ GID, Stage string }
+		}
+		ask(t, ctx, c, 1, &got, "transactions")
+		for _, f := range got.Transactions {
+			if f.GID != "" && f.Stage != "" {
+				return nil
+			}
+		}
+		return errors.New("none")
+	})
+}
+
+func TestSQL(t *testing.T) {
+	c, ctx := start(t)
+	for query, want := range map[string]string{
+		"SELECT count(*), bool_and(state = 'active'), bool_and(heard) FROM quorate.nodes": "3|t|t",
+		"SELECT count(*), max(age_seconds) < 1.5 FROM quorate.heartbeats":                 "6|t",
+		"SELECT node, quorum, voters, voters_heard, leader > 0 FROM quorate.status":       "2|t|3|3|t",
+		"SELECT count(*) > 0 FROM quorate.events WHERE kind = 'leader'":                   "t",
+		"SELECT count(*) >= 0 FROM quorate.transactions":                                  "t",
+		"SELECT count(*) >= 0 FROM quorate.conflicts":                                     "t",
+		"SELECT now() - max(refreshed_at) < interval '1 second' FROM quorate.nodes":       "t",
+		"SHOW quorate.node": "2",
+		"SELECT n.node FROM quorate.nodes n JOIN quorate.status s USING (node)":                "2",
+		"WITH lag AS (SELECT max(lag) AS most FROM quorate.nodes) SELECT most < 1000 FROM lag": "t",
+	} {
+		if got := psql(t, ctx, c.Gateway(2), query); got != want {
+			t.Errorf("%s: %q, want %q", query, got, want)
+		}
+	}
+	// Nothing of it is replicated, or written at all: looking moves nothing.
+	before := psql(t, ctx, c.Gateway(2), "SELECT max(applied_csn) FROM quorate.nodes")
+	for range 5 {
+		psql(t, ctx, c.Gateway(2), "SELECT count(*) FROM quorate.nodes")
+	}
+	if after := psql(t, ctx, c.Gateway(2), "SELECT max(applied_csn) FROM quorate.nodes"); after != before {
+		t.Errorf("the newest transaction was %s and is %s after looking", before, after)
+	}
+}
+
+// grpcurl is what administrators without our command line use.
+const grpcurl = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
+
+func TestGRPCurl(t *testing.T) {
+	c, ctx := start(t)
+	call := func(args ...string) string {
+		t.Helper()
+		return execute(t, ctx, nil, "go", append([]string{"run", grpcurl, "-plaintext"}, args...)...)
+	}
+	list := call(c.GRPC(1), "list")
+	for _, service := range []string{"quorate.v1.Cluster", "quorate.v1.Observe", "grpc.health.v1.Health"} {
+		if !strings.Contains(list, service+"\n") {
+			t.Errorf("there is no %s in\n%s", service, list)
+		}
+	}
+	if out := call("-max-time", "10", c.GRPC(1), "quorate.v1.Cluster/Status"); !strings.Contains(out, `"acceptsWrites": true`) {
+		t.Errorf("Status: %s", out)
+	}
+	var happened struct {
+		Events []struct{ Kind string }
+	}
+	if err := json.Unmarshal([]byte(call("-d", `{"limit": 5, "local": true}`, c.GRPC(1), "quorate.v1.Observe/Events")), &happened); err != nil || len(happened.Events) == 0 {
+		t.Errorf("Events: %v, %v", happened, err)
+	}
+	if out := call(c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"SERVING"`) {
+		t.Errorf("Health: %s", out)
+	}
+}
+
+// A node that dies is missed within two seconds by everybody, in whatever way one looks, and so is its coming back.
+func TestLosses(t *testing.T) {
+	c, ctx := start(t)
+	const victim = 3
+	began := time.Now()
+	if err := c.KillNode(ctx, victim); err != nil {
+		t.Fatal(err)
+	}
+	took := await(t, ctx, "the loss", func() error {
+		var v view
+		ask(t, ctx, c, 1, &v, "nodes")
+		if v.VotersHeard != 2 || v.Nodes[victim-1].Heard {
+			return fmt.Errorf("node 1 hears %d", v.VotersHeard)
+		}
+		return nil
+	})
+	t.Logf("a node that was killed is missed after %v", took.Round(time.Millisecond))
+	if code, out, errs := quorate(t, ctx, c, 1, "status", "--check"); code != 3 || !strings.Contains(out, "none more may fail") || !strings.Contains(errs, "node 3 is no contact") {
+		t.Errorf("status --check of a degraded cluster: %d\n%s%s", code, out, errs)
+	}
+	if status, _, err := get(ctx, "OPTIONS", "http://"+c.HTTP(1)+"/read-write"); status != 200 || err != nil {
+		t.Errorf("the majority takes no writes: %d, %v", status, err)
+	}
+
+	// The next one takes the quorum away.
+	if err := c.KillNode(ctx, 2); err != nil {
+		t.Fatal(err)
+	}
+	await(t, ctx, "the loss of the quorum", func() error {
+		status, body, err := get(ctx, "GET", "http://"+c.HTTP(1)+"/read-write")
+		if status != 503 {
+			return fmt.Errorf("%d, %s, %v", status, body, err)
+		}
+		return nil
+	})
+	if code, out, _ := quorate(t, ctx, c, 1, "status", "--check"); code != 4 || !strings.Contains(out, "NO QUORUM") {
+		t.Errorf("status --check without quorum: %d\n%s", code, out)
+	}
+	if out := execute(t, ctx, nil, "go", "run", grpcurl, "-plaintext", c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"NOT_SERVING"`) {
+		t.Errorf("health without quorum: %s", out)
+	}
+	if status, _, err := get(ctx, "GET", "http://"+c.HTTP(1)+"/liveness"); status != 200 || err != nil {
+		t.Errorf("liveness without quorum: %d, %v", status, err)
+	}
+	if got := psql(t, ctx, c.Gateway(1), "SELECT quorum FROM quorate.status"); got != "f" {
+		t.Errorf("SQL says of the quorum: %s", got)
+	}
+
+	restart(t, ctx, c, 2, victim)
+	await(t, ctx, "the events", func() error {
+		var got struct {
+			Events []struct {
+				Kind  string
+				Node  int
+				About int
+				Time  time.Time
+			}
+		}
+		ask(t, ctx, c, victim, &got, "events", "--since", "5m", "--limit", "1000")
+		seen := make(map[string]bool)
+		for _, e := range got.Events {
+			if e.Time.After(began) {
+				seen[fmt.Sprintf("%s of node %d at node %d", e.Kind, e.About, e.Node)] = true
+			}
+		}
+		for _, want := range []string{
+			"peer_lost of node 3 at node 1", "peer_restarted of node 3 at node 1", "quorum_lost of node 1 at node 1", "quorum_regained of node 1 at node 1",
+			"started of node 3 at node 3", "state of node 3 at node 3",
+		} {
+			if !seen[want] {
+				return fmt.Errorf("%s is not among %v", want, seen)
+			}
+		}
+		return nil
+	})
+	await(t, ctx, "health", func() error {
+		if code, out, errs := quorate(t, ctx, c, 1, "status", "--check"); code != 0 {
+			return fmt.Errorf("%d\n%s%s", code, out, errs)
+		}
+		return nil
+	})
+}
