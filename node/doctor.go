@@ -198,11 +198,15 @@ const dialTimeout = 2 * time.Second
 
 func (d *doctor) names(ctx context.Context) {
 	reached, others := 0, 0
-	for _, m := range d.n.cfg.Members {
+	members := d.n.cfg.Members
+	if len(members) == 0 {
+		members = []config.Member{d.n.cfg.Self()}
+	}
+	for _, m := range members {
 		for _, a := range [][2]string{{"raft", m.Raft}, {"grpc", m.GRPC}} {
 			host, _, err := net.SplitHostPort(a[1])
 			if err != nil {
-				continue // config.Validate has said so
+				continue // config.Validate has said so, or there is none
 			}
 			found, err := net.DefaultResolver.LookupHost(ctx, host)
 			if err != nil {

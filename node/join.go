@@ -154,7 +154,7 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: member.Slot, MaxNodes: replication.MaxSlots}
 	n.states.set(stateCloning, "the node is copying another member's data")
 	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
-		err := n.obtain(ctx, id, nil)
+		err := n.obtain(ctx, id, o.machine.Reserved(member.Slot))
 		if err == nil {
 			break
 		}
