@@ -158,6 +158,9 @@ func (a *Admin) askAll(ctx context.Context, own Status) []*pb.Member {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	all := a.cfg.Members()
+	if !slices.ContainsFunc(all, func(m Member) bool { return m.ID == a.cfg.Node }) {
+		all = append(slices.Clone(all), Member{ID: a.cfg.Node}) // it was removed, or is not a member yet: it says so itself
+	}
 	members := make([]*pb.Member, len(all))
 	var wg sync.WaitGroup
 	for i, m := range all {
