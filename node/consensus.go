@@ -38,16 +38,22 @@ func (n *Node) part(index txn.LogIndex) ([]byte, error) {
 	return entry.Chunk.Data, nil
 }
 
-// openIncarnation begins the first incarnation. Unlike a later one it is not waited for: what keeps it from beginning
-// is most likely a mistake that somebody who is just starting the node wants to hear of.
+// openIncarnation begins the first incarnation. What keeps the first one of all from beginning is most likely a mistake
+// that somebody who is just starting the node wants to hear of. A node that has been in the cluster votes meanwhile.
 func (n *Node) openIncarnation(ctx context.Context) error {
 	i, err := n.begin(ctx)
-	if errors.Is(err, errSetBack) {
+	described := n.server != nil || !n.cfg.Postgres.Managed // the gateway must know where the server will be
+	switch {
+	case err == nil:
+	case errors.Is(err, errSetBack):
 		// Somebody has to do something about the data. The node votes on, and says so.
 		n.fence(err)
 		return n.openObserver(ctx)
-	}
-	if err != nil {
+	case n.identity.get().Started && described && !hopeless(err) && ctx.Err() == nil:
+		n.states.set(stateRecovering, awayBecause(err))
+		n.log.Warn("PostgreSQL cannot be taken up yet", logkey.Error, err)
+		return n.openObserver(ctx)
+	default:
 		return err
 	}
 	n.current.Store(i)

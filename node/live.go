@@ -13,13 +13,17 @@ import (
 // live accompanies incarnations, the first and those that follow it, until ctx ends or one has ended for good. Then
 // the node is fenced, but it still votes, stores the log and answers those who ask how it is.
 //
-// A node that joins has none at first: it gets its data, and then begins with the first one.
+// There is none at first if the node joins, and still has to get its data, or if PostgreSQL was away when it started.
 func (n *Node) live(ctx context.Context, i *incarnation) {
 	var waits patience
 	catchingUp := "the node is catching up with the cluster"
 	if i == nil {
+		begin := n.reopen
+		if n.identity.joining() {
+			begin = n.join
+		}
 		var err error
-		if i, err = n.join(ctx, &waits); err != nil {
+		if i, err = begin(ctx, &waits); err != nil {
 			n.liveWithout(err)
 			return
 		}
@@ -116,12 +120,14 @@ func (n *Node) reopen(ctx context.Context, waits *patience) (*incarnation, error
 		if hopeless(err) {
 			return nil, err
 		}
-		n.states.set(stateRecovering, fmt.Sprintf("%s: %v", serverAway, err))
+		n.states.set(stateRecovering, awayBecause(err))
 		n.log.Warn("PostgreSQL cannot be taken up again yet", logkey.Error, err, logkey.Duration, waits.next)
 	}
 }
 
 const serverAway = "the node's PostgreSQL server is not running"
+
+func awayBecause(err error) string { return fmt.Sprintf("%s: %v", serverAway, err) }
 
 // reasonOf says in the words of an operator why an incarnation has ended.
 func reasonOf(err error) string {

@@ -42,30 +42,26 @@ func (n *Node) sizing() pgserver.Sizing {
 
 // startServer starts the managed server, or goes on with it if it runs.
 func (n *Node) startServer(ctx context.Context) error {
-	if n.server != nil {
-		return n.server.Start(ctx)
+	if n.server == nil {
+		if err := n.describeServer(ctx); err != nil {
+			return err
+		}
+		if _, err := n.server.Init(ctx); err != nil {
+			return err
+		}
 	}
+	return n.server.Start(ctx)
+}
+
+// describeServer prepares for the managed server, which may still have to get its data.
+func (n *Node) describeServer(ctx context.Context) error {
 	server, err := n.serverAt(ctx, n.cfg.Postgres.DataDir, nil)
 	if err != nil {
-		return err
-	}
-	if _, err := server.Init(ctx); err != nil {
-		return err
-	}
-	if err := server.Start(ctx); err != nil {
 		return err
 	}
 	n.server = server
 	n.onClose(server.Stop)
 	return nil
-}
-
-// describeServer prepares for a server that is still to get its data.
-func (n *Node) describeServer(ctx context.Context) (err error) {
-	if n.server, err = n.serverAt(ctx, n.cfg.Postgres.DataDir, nil); err == nil {
-		n.onClose(n.server.Stop)
-	}
-	return err
 }
 
 // serverAt describes the managed server on a data directory, with settings that win over the configured ones.

@@ -396,6 +396,11 @@ func postgresCannotStart(t *testing.T, ctx context.Context, c *cluster.Cluster) 
 		t.Errorf("metric of the state is %q", m)
 	}
 	l.awaitCommits(ctx, 20, 1, 3)
+	// A sidecar that starts now does not give up either.
+	check(t, c.KillNode(ctx, 2))
+	check(t, c.StartNode(2))
+	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running: start PostgreSQL")
+	l.awaitCommits(ctx, 20, 1, 3)
 	restore()
 	l.awaitCommits(ctx, 20, 2)
 	awaitState(t, ctx, c, 2, "active", "")
