@@ -171,7 +171,7 @@ func assess(v *View) verdict {
 			d.Troubles = append(d.Troubles, sentence(name+" is not reached", n.Reason))
 		case n.State != "active":
 			d.Troubles = append(d.Troubles, sentence(name+" is "+n.State, n.Reason))
-		case !n.Writes && !n.Witness:
+		case !n.Writes && !n.Witness && (v.Cluster.Quorum || n.ID != v.Cluster.Node): // else that is what all of this is about
 			d.Troubles = append(d.Troubles, sentence(name+" takes no writes", n.Reason))
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -179,12 +180,28 @@ func (s *shown) node(seen *pb.View, from *pb.NodeView) dashboard.Node {
 		}
 	}
 	if !is.Reachable {
-		is.Reason = "nothing was ever heard of it since this node started"
-		if is.Contact != nil {
-			is.Reason = fmt.Sprintf("node %d has heard nothing of it for %v", seen.Node, time.Duration(*is.Contact).Truncate(time.Second))
-		}
+		is.Reason = unheard(seen, from.Id)
 	}
 	return is
+}
+
+// unheard says who hears a node that this one does not.
+func unheard(seen *pb.View, id uint32) string {
+	var hear []string
+	for _, to := range seen.Nodes {
+		for _, l := range links(seen, to) {
+			if l.From == txn.NodeID(id) && l.Known && !l.Lost {
+				hear = append(hear, fmt.Sprintf("node %d", to.Id))
+			}
+		}
+	}
+	switch len(hear) {
+	case 0:
+		return fmt.Sprintf("node %d does not hear it", seen.Node)
+	case 1:
+		return fmt.Sprintf("node %d does not hear it, %s does", seen.Node, hear[0])
+	}
+	return fmt.Sprintf("node %d does not hear it, %s do", seen.Node, strings.Join(hear, ", "))
 }
 
 // witness reports whether a member has no PostgreSQL.

@@ -419,6 +419,7 @@ func (d *demo) printAddresses() error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	fmt.Fprintf(d.out, "dashboard: http://%s/\n", d.address(0, httpPorts))
 	_, err := fmt.Fprintf(d.out, "ready: psql -h 127.0.0.1 -p %d -U postgres postgres\n", d.port(0, gatewayPorts))
 	return err
 }

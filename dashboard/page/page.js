@@ -70,7 +70,7 @@
     const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
     let u = 0;
     while (v >= 1000 && u < units.length - 1) { v /= 1024; u++; }
-    return (v >= 100 || u === 0 ? v.toFixed(0) : v.toFixed(1)) + " " + units[u];
+    return (v >= 10 || u === 0 ? v.toFixed(0) : v.toFixed(1)) + " " + units[u];
   };
   const clock = (at) => new Date(at).toLocaleTimeString("en-GB");
 
@@ -353,7 +353,7 @@
       const self = n.id === state.cluster?.node;
       const good = n.reachable && n.state === "active" && (n.writes || n.witness);
       attr(at.root, "data-mood", good ? "ok" : !n.reachable || n.state === "failed" ? "bad" : "warn");
-      text(at.chip, !n.reachable ? "not reached" : n.state === "active" && !good ? "read only" : n.state);
+      text(at.chip, !n.reachable ? "not reached" : n.state === "active" && !good ? (self && state.cluster.access === "read-only" ? "read only" : self ? "no clients" : "no writes") : n.state);
       text(at.role, n.role === "leader" ? "★ leader" : n.role || "role unknown");
       at.role.classList.toggle("leads", n.role === "leader");
       const kind = [self ? "this node" : "", n.witness ? "witness" : "", n.voter ? "" : "no vote"].filter(Boolean).join(", ");

@@ -15,7 +15,9 @@ import (
 
 	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/heapprofiler"
 	cdplog "github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/memory"
 	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
@@ -23,7 +25,7 @@ import (
 
 // Options of a tab. The zero value is a desktop.
 type Options struct {
-	Width, Height int64   // of the window, in CSS pixels; 0 is 1440 by 900
+	Width, Height int64   // of the window, in CSS pixels; 0 is 1440 by 900, of a phone 390 by 844
 	Scale         float64 // device pixels for each of those; 0 is 1
 	Phone         bool    // touch, and a narrow window
 	Dark          bool    // what the system prefers
@@ -32,22 +34,7 @@ type Options struct {
 	Noisy bool
 }
 
-// Tab is a page in a browser of its own, which ends with the test.
-type Tab struct {
-	t   testing.TB
-	ctx context.Context
-}
-
-// startTimeout bounds the start of the browser on a busy machine.
-const startTimeout = 60 * time.Second
-
-// Open starts a browser. What its page writes to the console as an error, and every exception, fails the test.
-func Open(t testing.TB, o Options) *Tab {
-	t.Helper()
-	program, err := find()
-	if err != nil {
-		t.Fatal(err)
-	}
+func (o *Options) defaults() {
 	if o.Width == 0 {
 		o.Width, o.Height = 1440, 900
 		if o.Phone {
@@ -57,6 +44,28 @@ func Open(t testing.TB, o Options) *Tab {
 	if o.Scale == 0 {
 		o.Scale = 1
 	}
+}
+
+// Tab is a page in a browser of its own, which ends with the test.
+type Tab struct {
+	t   testing.TB
+	ctx context.Context
+}
+
+// startTimeout bounds the start of the browser on a busy machine, actionTimeout everything that it does.
+const (
+	startTimeout  = 60 * time.Second
+	actionTimeout = 30 * time.Second
+)
+
+// Open starts a browser. What its page writes to the console as an error, and every exception, fails the test.
+func Open(t testing.TB, o Options) *Tab {
+	t.Helper()
+	program, err := find()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.defaults()
 	options := append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.ExecPath(program), chromedp.UserDataDir(filepath.Join(t.TempDir(), "profile")),
 		chromedp.WindowSize(int(o.Width), int(o.Height)), chromedp.WSURLReadTimeout(startTimeout),
@@ -80,6 +89,19 @@ func Open(t testing.TB, o Options) *Tab {
 		closeTab()
 		free()
 	})
+	// The browser starts with the first action, and it lives as long as the context of that, which so has no time limit.
+	if err := chromedp.Do(tab.ctx, call(cdplog.Enable, cdp.Empty{})); err != nil {
+		t.Fatalf("start the browser: %v", err)
+	}
+	tab.Run(call(emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "UTC"}))
+	tab.Emulate(o)
+	return tab
+}
+
+// Emulate makes the tab another device, of another taste.
+func (b *Tab) Emulate(o Options) {
+	b.t.Helper()
+	o.defaults()
 	scheme, motion := "light", "no-preference"
 	if o.Dark {
 		scheme = "dark"
@@ -87,19 +109,15 @@ func Open(t testing.TB, o Options) *Tab {
 	if o.ReducedMotion {
 		motion = "reduce"
 	}
-	// The browser starts with the first of these, and it lives as long as the context of that.
-	tab.Run(
-		call(cdplog.Enable, cdp.Empty{}),
+	b.Run(
 		call(emulation.SetDeviceMetricsOverride, emulation.SetDeviceMetricsOverrideParams{
 			Width: o.Width, Height: o.Height, DeviceScaleFactor: o.Scale, Mobile: o.Phone,
 		}),
 		call(emulation.SetTouchEmulationEnabled, emulation.SetTouchEmulationEnabledParams{Enabled: o.Phone}),
-		call(emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "UTC"}),
 		call(emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{
 			{Name: "prefers-color-scheme", Value: scheme}, {Name: "prefers-reduced-motion", Value: motion},
 		}}),
 	)
-	return tab
 }
 
 // call makes an action of a command of the protocol.
@@ -152,10 +170,12 @@ func (b *Tab) watchConsole() func(any) {
 	}
 }
 
-// Run runs actions of chromedp.
+// Run runs actions of chromedp, which wait for the elements that they name.
 func (b *Tab) Run(actions ...chromedp.Action[chromedp.Void]) {
 	b.t.Helper()
-	if err := chromedp.Do(b.ctx, actions...); err != nil {
+	ctx, cancel := context.WithTimeout(b.ctx, actionTimeout)
+	defer cancel()
+	if err := chromedp.Do(ctx, actions...); err != nil {
 		b.t.Fatalf("browser: %v", err)
 	}
 }
@@ -169,7 +189,9 @@ func (b *Tab) Open(url string) {
 // Value returns what a JavaScript expression is, of a type that JSON has.
 func Value[T any](b *Tab, expression string) T {
 	b.t.Helper()
-	value, err := chromedp.Run(b.ctx, chromedp.Evaluate[T](expression))
+	ctx, cancel := context.WithTimeout(b.ctx, actionTimeout)
+	defer cancel()
+	value, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression))
 	if err != nil {
 		b.t.Fatalf("browser: evaluate %s: %v", expression, err)
 	}
@@ -233,6 +255,7 @@ func (b *Tab) Key(key string) {
 // Screenshot writes a PNG of the page down to a height, 0 for all of it.
 func (b *Tab) Screenshot(path string, height int64) {
 	b.t.Helper()
+	Value[bool](b, `(scrollTo({ top: 0, behavior: "instant" }), true)`) // what sticks to the window's edge would be in the midst of it
 	size := Value[[]float64](b, `[innerWidth, document.documentElement.scrollHeight]`)
 	clip := &page.Viewport{Width: size[0], Height: size[1], Scale: 1}
 	if height != 0 {
@@ -261,4 +284,47 @@ func writePNG(path string, shot []byte) error {
 	}
 	encoder := png.Encoder{CompressionLevel: png.BestCompression}
 	return errors.Join(encoder.Encode(f, small), f.Close())
+}
+
+// Memory is what a page takes up, after its garbage was collected.
+type Memory struct {
+	Heap      int64 // bytes that the page's objects take
+	Nodes     int64 // of all documents, those too that are not shown any more
+	Listeners int64
+}
+
+// Memory measures the page.
+func (b *Tab) Memory() (m Memory) {
+	b.t.Helper()
+	b.Run(chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		if _, err := cdp.Call(ctx, t, heapprofiler.CollectGarbage, cdp.Empty{}); err != nil {
+			return err
+		}
+		heap, err := cdp.Call(ctx, t, runtime.GetHeapUsage, cdp.Empty{})
+		if err != nil {
+			return err
+		}
+		counters, err := cdp.Call(ctx, t, memory.GetDOMCounters, cdp.Empty{})
+		m = Memory{Heap: int64(heap.UsedSize), Nodes: counters.Nodes, Listeners: counters.JsEventListeners}
+		return err
+	}))
+	return m
+}
+
+// Reload loads the page again.
+func (b *Tab) Reload() {
+	b.t.Helper()
+	b.Run(chromedp.Reload())
+}
+
+// Clear empties an input.
+func (b *Tab) Clear(selector string) {
+	b.t.Helper()
+	Value[bool](b, fmt.Sprintf(`((e) => { e.value = ""; return e.dispatchEvent(new Event("input")); })(document.querySelector(%q))`, selector))
+}
+
+// Focus gives an element the focus.
+func (b *Tab) Focus(selector string) {
+	b.t.Helper()
+	b.Run(chromedp.Focus(chromedp.CSS(selector)))
 }
