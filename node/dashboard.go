@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/dashboard"
 	"github.com/quorate/quorate/events"
 	"github.com/quorate/quorate/gateway"
@@ -110,8 +111,15 @@ func (s *shown) View() dashboard.View {
 	s.looked.Store(int64(time.Since(n.seen.began)))
 	seen := n.View()
 	v := dashboard.View{Cluster: s.cluster(seen)}
+	witnesses := make(map[txn.NodeID]bool)
+	for _, m := range n.Members().Members {
+		witnesses[m.ID] = m.Role == codec.RoleWitness.String()
+	}
 	for _, node := range seen.Nodes {
-		v.Nodes = append(v.Nodes, s.node(seen, node))
+		is := shownNode(seen, node)
+		is.Witness = witnesses[is.ID]
+		is.Actions = actions(is, len(seen.Nodes))
+		v.Nodes = append(v.Nodes, is)
 		v.Links = append(v.Links, links(seen, node)...)
 	}
 	for _, t := range n.InFlight(shownTransactions) {
@@ -135,7 +143,7 @@ func (s *shown) View() dashboard.View {
 
 func (s *shown) cluster(seen *pb.View) dashboard.Cluster {
 	n := s.n
-	own := n.Status()
+	own := n.status()
 	c := dashboard.Cluster{
 		Name: seen.Cluster, Node: n.cfg.Node, Version: n.version, Leader: own.Leader, Term: own.Term,
 		CommitIndex: own.CommitIndex, CSN: max(own.CSN, txn.CSN(seen.Csn)), Quorum: seen.Quorum, Access: "none", Reason: own.Reason,
@@ -151,10 +159,11 @@ func (s *shown) cluster(seen *pb.View) dashboard.Cluster {
 	return c
 }
 
-func (s *shown) node(seen *pb.View, from *pb.NodeView) dashboard.Node {
+// shownNode is a member as this node sees it.
+func shownNode(seen *pb.View, from *pb.NodeView) dashboard.Node {
 	self := from.Id == seen.Node
 	is := dashboard.Node{
-		ID: txn.NodeID(from.Id), Voter: from.Voter, Witness: s.witness(txn.NodeID(from.Id)), Reachable: from.Heard,
+		ID: txn.NodeID(from.Id), Voter: from.Voter, Reachable: from.Heard,
 		Gateway: from.GatewayAddress, HTTP: from.HttpAddress, State: "unknown",
 	}
 	if self {
@@ -202,16 +211,6 @@ func unheard(seen *pb.View, id uint32) string {
 		return fmt.Sprintf("node %d does not hear it, %s does", seen.Node, hear[0])
 	}
 	return fmt.Sprintf("node %d does not hear it, %s do", seen.Node, strings.Join(hear, ", "))
-}
-
-// witness reports whether a member has no PostgreSQL.
-func (s *shown) witness(id txn.NodeID) bool {
-	i := s.n.current.Load()
-	if i == nil {
-		return false
-	}
-	m, is := i.machine.Membership().Find(id)
-	return is && m.Role == codec.RoleWitness
 }
 
 // links is one row of the matrix of heartbeats.
@@ -315,9 +314,53 @@ func histogram(from *dto.Histogram) (h dashboard.Histogram) {
 	return h
 }
 
+// actions are those that make sense for a node as it is. Whether they can be done is found out when they are.
+func actions(is dashboard.Node, members int) []string {
+	var can []string
+	if is.Reachable && !is.Witness {
+		switch is.State {
+		case stateActive:
+			can = append(can, dashboard.Drain)
+		case stateDraining:
+			can = append(can, dashboard.Resume)
+		}
+	}
+	if is.Reachable && is.Voter && is.Role != admin.Leader.String() {
+		can = append(can, dashboard.Transfer)
+	}
+	if members == 1 {
+		return can // it has nobody to copy from, and nobody to leave to
+	}
+	if is.Reachable && !is.Witness {
+		can = append(can, dashboard.Resync)
+	}
+	return append(can, dashboard.Remove)
+}
+
 // Act implements dashboard.Source.
 func (s *shown) Act(ctx context.Context, a dashboard.Action) (string, error) {
-	return "", status.Errorf(codes.Unimplemented, "%s is not built yet", a.Name)
+	service, id := s.n.admin.Load().Membership(), uint32(a.Node)
+	switch a.Name {
+	case dashboard.Drain:
+		resp, err := service.Drain(ctx, &pb.DrainRequest{Node: id})
+		if resp.GetCutOff() {
+			return fmt.Sprintf("Node %d is drained; transactions that did not end in time were cut off.", id), err
+		}
+		return fmt.Sprintf("Node %d is drained.", id), err
+	case dashboard.Resume:
+		_, err := service.Resume(ctx, &pb.ResumeRequest{Node: id})
+		return fmt.Sprintf("Node %d takes clients again.", id), err
+	case dashboard.Transfer:
+		resp, err := service.TransferLeadership(ctx, &pb.TransferLeadershipRequest{To: id})
+		return fmt.Sprintf("Node %d leads.", resp.GetLeader()), err
+	case dashboard.Resync:
+		_, err := service.Resync(ctx, &pb.ResyncRequest{Node: id})
+		return fmt.Sprintf("Node %d sets its data aside and copies those of another.", id), err
+	case dashboard.Remove:
+		_, err := service.Remove(ctx, &pb.RemoveRequest{Node: id, Reason: "an operator has removed it on the dashboard"})
+		return fmt.Sprintf("Node %d is removed.", id), err
+	}
+	return "", status.Errorf(codes.InvalidArgument, "action %q is not known", a.Name)
 }
 
 // millis is for seconds as the API has them.

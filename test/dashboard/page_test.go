@@ -133,6 +133,14 @@ func signal(t *testing.T, c *cluster.Cluster, s syscall.Signal, nodes ...int) {
 
 func page(c *cluster.Cluster, node int) string { return "http://" + c.HTTP(node) + "/" }
 
+// choose takes an action from a node's menu.
+func choose(tab *browser.Tab, node, action string) {
+	button := fmt.Sprintf(`Array.from(document.querySelectorAll("[aria-labelledby=node-%s] .menu button")).find((b) => b.textContent === %q)`, node, action)
+	tab.Await(patience, action+" of node "+node, button+" !== undefined")
+	tab.Click(fmt.Sprintf("[aria-labelledby=node-%s] summary", node))
+	browser.Value[bool](tab, button+`.click() === undefined`)
+}
+
 // TestPage follows a cluster through a night.
 func TestPage(t *testing.T) {
 	c, ctx := open(t, 1, 2)
@@ -150,6 +158,21 @@ func TestPage(t *testing.T) {
 	tab.AwaitText(patience, "#conflict-rows", "public.work (id)=(")
 	tab.AwaitText(patience, "#events", "leads")
 	tab.AwaitText(patience, "#cards", "PostgreSQL 1")
+
+	t.Log("an operator moves the leadership and drains a node")
+	leader := strings.TrimPrefix(tab.Visible("#facts div:first-child dd"), "node ")
+	follower := map[string]string{"1": "2", "2": "3", "3": "2"}[leader]
+	choose(tab, follower, "Make it the leader…")
+	tab.Click("#ask-yes")
+	tab.AwaitText(patience, "#facts div:first-child dd", "node "+follower)
+	choose(tab, "3", "Drain…")
+	tab.Click("#ask-yes")
+	tab.AwaitText(patience, "#toast", "Node 3 is drained.")
+	tab.AwaitText(inTime, "#node-3 ~ .chip", "draining")
+	tab.AwaitText(patience, "#troubles", "node 3 is draining")
+	choose(tab, "3", "Resume")
+	tab.Click("#ask-yes")
+	tab.AwaitText(patience, "#node-3 ~ .chip", "active")
 
 	t.Log("a node is killed")
 	known := knows(ctx, c, 1, "quorate_node_members_heard", 2)
