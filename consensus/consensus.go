@@ -490,7 +490,8 @@ func stateOf(s raft.RaftState) State {
 
 // Close ends this node's part; a leader hands over first. It waits for every goroutine, also for calls of the machine
 // and of WriteTo that are running, so the machine must let those go. Proposals without an answer end with
-// txn.ErrOutcomeUnknown. Closing twice, or nil, does nothing more.
+// txn.ErrOutcomeUnknown. Closing twice, or nil, does nothing more. A disk or other members that hang delay it by a bounded
+// time only; what could not be ended then is an error.
 func (c *Consensus) Close() error {
 	if c == nil {
 		return nil
@@ -510,7 +511,11 @@ func (c *Consensus) shut() error {
 	c.metrics.unregister()
 
 	// Raft forgets futures that are queued when it stops. While it runs it resolves every one, in time: it commits
-	// them, refuses them or loses its leadership. So all that waits for one ends before Raft does.
+	// them, refuses them or loses its leadership. So all that waits for one ends before Raft does. Only a leader whose
+	// followers beat, but cannot store, would keep both leadership and futures. It is made to lose the lease.
+	if c.transport != nil {
+		defer time.AfterFunc(c.QuorumTimeout(), c.transport.stream.hangUp).Stop()
+	}
 	c.drivers.Wait()
 	c.queue.admit(fmt.Errorf("%w: %w", txn.ErrNoQuorum, txn.ErrClosed))
 	c.calls.close()
@@ -526,7 +531,10 @@ func (c *Consensus) shut() error {
 		c.handOver()
 		stopped := c.raft.Shutdown()
 		keep(c.transport.Close()) // or Raft would wait for answers of members that hang
-		keep(stopped.Error())
+		if err := within(3*c.config.WriteDeadline, stopped.Error); err != nil {
+			keep(fmt.Errorf("stop Raft: %w", err))
+			return first // its stores are in use
+		}
 	} else if c.transport != nil {
 		keep(c.transport.Close())
 	}
@@ -537,6 +545,20 @@ func (c *Consensus) shut() error {
 		keep(c.stores.close())
 	}
 	return first
+}
+
+// within waits for something that cannot be called off, not longer than limit.
+func within(limit time.Duration, wait func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- wait() }()
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-timer.C:
+		return fmt.Errorf("it still hangs after %v", limit)
+	}
 }
 
 // handOver lets another member lead at once, rather than after the others have missed this one for a while. Nobody

@@ -581,9 +581,68 @@ func fullDisk(t *testing.T, leads bool) {
 		}
 	}
 	tc.nodes[3-full-other].machine.awaitIndex(t, tc.propose(other, "after"))
-	// First: it goes on to answer heartbeats, so a leader that had nobody else would keep its lease, and Close, which
-	// waits for what is proposed, would wait for a majority.
-	tc.stop(full)
+}
+
+// A leader whose only other living member beats, but cannot store what it is sent, keeps its lease. It can be closed in time
+// all the same, and says of what it was asked for that nobody knows.
+func TestCloseBesideFullDisk(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	tc.propose(leader, "before")
+	full, away := (leader+1)%3, (leader+2)%3
+	tc.stop(away)
+	tc.nodes[full].c.stores.deadline.breakDisk(syscall.ENOSPC)
+	c := tc.nodes[leader].c
+	const n = 3 * maxAppend // more than Raft takes at once
+	results := make(chan error, n)
+	for range n {
+		go func() {
+			_, err := c.Propose(context.Background(), []byte("nobody else can store this"))
+			results <- err
+		}()
+	}
+	<-tc.nodes[full].c.Failed()
+	if s := c.Status(); s.State != Leader {
+		t.Fatalf("the leader is %s before it is closed", s.State)
+	}
+	began := time.Now()
+	tc.stop(leader)
+	if took := time.Since(began); took > patience {
+		t.Errorf("Close took %v", took)
+	}
+	unknown := 0
+	for range n {
+		switch err := <-results; {
+		case errors.Is(err, txn.ErrOutcomeUnknown):
+			unknown++
+		case !errors.Is(err, txn.ErrNoQuorum):
+			t.Errorf("propose: %v", err)
+		}
+	}
+	if unknown == 0 {
+		t.Error("something is known about every proposal")
+	}
+}
+
+// A disk that never comes back is given up in time.
+func TestCloseWithHangingDisk(t *testing.T) {
+	tc := newCluster(t, 1, func(c *Config) { c.WriteDeadline = 200 * time.Millisecond })
+	tc.leader()
+	hang := make(chan error)
+	tc.nodes[0].c.stores.deadline.work <- appendCall{done: hang}
+	if _, err := tc.nodes[0].c.Propose(t.Context(), []byte("x")); err == nil {
+		t.Error("stored on a disk that hangs")
+	}
+	if err := tc.nodes[0].c.Close(); err == nil {
+		t.Error("closed without a word")
+	}
+	<-hang
+	tc.nodes[0].server.Stop()
+	tc.nodes[0].serving.Wait()
+	if err := tc.nodes[0].c.stores.files.Close(); err != nil {
+		t.Error(err)
+	}
+	tc.nodes[0].c = nil
 }
 
 // breakDisk makes every append from here on fail, once what is on its way has been written.

@@ -370,10 +370,12 @@ func (s *deadlineStore) settleLate() error {
 	return s.settleLateLocked(timer.C)
 }
 
-// Close waits for a late write, then closes the store.
+// Close waits for a late write, once more as long as the deadline, then closes the store.
 func (s *deadlineStore) Close() error {
 	close(s.work)
-	<-s.gone
+	if err := within(s.deadline, func() error { <-s.gone; return nil }); err != nil {
+		return fmt.Errorf("append to the log: %w", err)
+	}
 	return s.closableLogStore.Close()
 }
 

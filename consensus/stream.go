@@ -45,6 +45,7 @@ type streamLayer struct {
 	mu      sync.Mutex
 	open    map[*trackedConn]bool
 	unknown int // of those, accepted ones before the end of their handshake
+	alone   bool
 	shut    bool
 	serve   sync.WaitGroup // accepted connections that are not closed yet
 }
@@ -105,7 +106,7 @@ func (s *streamLayer) track(conn net.Conn, accepted bool) (*trackedConn, error) 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.shut:
+	case s.shut, s.alone && !accepted:
 		return nil, fmt.Errorf("raft connection: %w", txnClosed(conn.Close()))
 	case accepted && s.unknown >= maxUnknown:
 		return nil, errors.Join(errCrowded, conn.Close())
@@ -118,6 +119,18 @@ func (s *streamLayer) track(conn net.Conn, accepted bool) (*trackedConn, error) 
 }
 
 var errCrowded = fmt.Errorf("more than %d connections have not said who they are", maxUnknown)
+
+// hangUp cuts every connection to others, and lets no new one be made. A leader then loses its lease.
+func (s *streamLayer) hangUp() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.alone = true
+	for c := range s.open {
+		if !c.accepted {
+			_ = c.raw.Close() // whoever uses it hears of it
+		}
+	}
+}
 
 // Close stops listening and cuts every connection.
 func (s *streamLayer) Close() error {
