@@ -2,12 +2,14 @@ package node
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/pki"
 	"github.com/quorate/quorate/txn"
 	"github.com/quorate/quorate/txn/codec"
 )
@@ -97,7 +99,7 @@ func (n *Node) openConsensus(context.Context) error {
 	if i := n.current.Load(); i != nil {
 		follower = machine{i}
 	}
-	c, err := consensus.Open(consensus.Config{
+	cfg := consensus.Config{
 		Node:        n.cfg.Node,
 		Dir:         id.RaftDir(n.cfg.DataDir),
 		ClusterID:   id.ClusterID,
@@ -106,7 +108,12 @@ func (n *Node) openConsensus(context.Context) error {
 		DialOptions: n.dialOptions(),
 		Logger:      n.log.With(logkey.Component, "consensus"),
 		Registerer:  n.metrics,
-	}, follower)
+	}
+	if n.certificates != nil {
+		cfg.ServerTLS, cfg.VerifyPeer = n.certificates.Server(), pki.VerifyNode
+		cfg.ClientTLS = func() *tls.Config { return n.certificates.Client() }
+	}
+	c, err := consensus.Open(cfg, follower)
 	if err != nil {
 		if i := n.current.Load(); i != nil {
 			err = errors.Join(context.Cause(i.ctx), err)

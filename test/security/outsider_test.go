@@ -385,7 +385,7 @@ func (o *outsider) silence(t *testing.T) {
 		})
 	}
 	for port, address := range o.ports {
-		if port == "gateway" || port == "raft" {
+		if port == "gateway" {
 			continue
 		}
 		for name, drip := range map[string]string{"nothing": "", "half a handshake": "\x16\x03\x01\x02\x00\x01\x00", "drops": strings.Repeat("\x16\x03\x01\x02\x00", 1000)} {
