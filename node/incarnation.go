@@ -116,6 +116,7 @@ func (i *incarnation) open() error {
 		Part:       n.part,
 		Evict:      n.evict,
 		Changed:    i.catalog.Invalidate,
+		Visible:    n.traceApply(),
 		Start:      i.start,
 		Life:       i.life,
 		Database:   n.cfg.Postgres.Database,
@@ -133,6 +134,7 @@ func (i *incarnation) open() error {
 		Order:         order{i},
 		Visibility:    i.pipeline,
 		CommitTimeout: n.cfg.CommitTimeout,
+		Trace:         n.traceCommit(),
 		Logger:        n.log.With(logkey.Component, "coord"),
 		Registerer:    i.metrics,
 	})

@@ -24,6 +24,7 @@ import (
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/otlp"
 	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pki"
@@ -60,6 +61,7 @@ type Node struct {
 
 	metrics    *prometheus.Registry
 	seen       seen
+	traces     *otlp.Exporter // nil: nobody takes spans
 	strays     prometheus.Counter
 	recoveries prometheus.Counter
 
@@ -126,7 +128,7 @@ type step struct {
 // log, which begins to play as soon as consensus is open, finds what consumes it. Clients last.
 func (n *Node) steps() []step {
 	id := n.identity.get()
-	steps := []step{{"observation", n.openObservation}, {"admin API", n.openAdmin}}
+	steps := []step{{"observation", n.openObservation}, {"tracing", n.openTracing}, {"admin API", n.openAdmin}}
 	if id.State == config.StateRemoved {
 		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC}, step{"HTTP", n.openHTTP})
 	}

@@ -241,7 +241,11 @@ func (n *Node) observe(ctx context.Context) error {
 	o := observation{n: n, quorum: true, rated: time.Now()}
 	for {
 		n.seen.ticked.Store(int64(time.Since(n.seen.began)))
-		leadership, changed := n.consensus.Load().Leadership()
+		var leadership consensus.Leadership
+		var changed <-chan struct{}
+		if c := n.consensus.Load(); c != nil { // a removed node has none
+			leadership, changed = c.Leadership()
+		}
 		o.look(leadership)
 		select {
 		case <-changed:

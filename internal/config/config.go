@@ -52,6 +52,8 @@ type Config struct {
 	// 57P03, and new ones are refused. Default 10s, at least 1s. Up to about 3s, and a change of leader ends sessions.
 	MaxStaleness time.Duration `yaml:"max_staleness,omitempty"`
 	Log          Log           `yaml:"log,omitempty"`
+	// Tracing is off unless it has an endpoint.
+	Tracing Tracing `yaml:"tracing,omitempty"`
 	// Pprof serves Go's profiles under /debug/pprof/ on the HTTP address. They show memory contents: off by default.
 	Pprof bool `yaml:"pprof,omitempty"`
 }

@@ -41,6 +41,7 @@ func TestSampleIsComplete(t *testing.T) {
 	if shown.Postgres.Settings["shared_buffers"] == "" || shown.Postgres.BinDir == "" || shown.Postgres.SocketDir == "" {
 		t.Errorf("the sample does not show everything: %+v", shown.Postgres)
 	}
+	shown.Tracing.Endpoint = ""
 	plain, err := Load(sampleFile)
 	if err != nil {
 		t.Fatal(err)
@@ -137,6 +138,8 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\nlimits: {message: 1KiB}", `limits.message: "1KiB": must be from 64KiB to 1GiB`},
 		{"node: 1", "node: 1\nlimits: {lag: 5}", `limits.lag: "5": must be from 16 to`},
 		{"node: 1", "node: 1\nlimits: {lag_patience: 5ms}", `limits.lag_patience: "5ms": must be from 1s to 1h`},
+		{"node: 1", "node: 1\ntracing: {sample: 2}", `tracing.sample: "2": must be from 0.0001 to 1`},
+		{"node: 1", "node: 1\ntracing: {endpoint: \"collector:4318\"}", `tracing.endpoint: "collector:4318": must be a URL`},
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},
 		{"node: 1", "node: 1\nmembers: {}", "already defined"},
 		{"node: 1", "node: [", "line"},

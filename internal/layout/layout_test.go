@@ -32,7 +32,7 @@ var arrows = map[string][]string{
 	"cmd/quorate": {"node", "proto/quorate/v1", "txn", "internal/*"}, // the command line is a gRPC client
 	"node": {"gateway", "admin", "heartbeat", "events", "dashboard", "txn", "txn/*", "replication", "replication/*", "consensus",
 		"proto/quorate/v1", "proto/quorate/consensus/v1", // who may call what
-		"internal/authz", "internal/config", "internal/peers", "internal/pgserver", "internal/pki", "internal/logkey", "internal/invariant"},
+		"internal/authz", "internal/config", "internal/peers", "internal/pgserver", "internal/pki", "internal/logkey", "internal/invariant", "internal/otlp"},
 
 	"gateway":   {"gateway/*", "txn", leaves},
 	"gateway/*": {"txn", leaves},
@@ -62,6 +62,7 @@ var arrows = map[string][]string{
 	"internal/pgserver":        {"internal/logkey"},
 	"internal/pgserver/pgtest": {"internal/pgserver"},
 	"internal/invariant":       {},
+	"internal/otlp":            {"txn", leaves}, // spans, in bytes
 	"internal/logkey":          {},
 	"internal/layout":          {},
 	"internal/browser":         {}, // a real Chromium, for tests

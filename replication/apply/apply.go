@@ -66,6 +66,9 @@ type Config struct {
 	// Changed is called after DDL was applied and before it is booked as applied, to drop cached catalog contents.
 	// May be nil.
 	Changed func()
+	// Visible is called when a remote transaction has become visible, with when it was queued. It must not block. May be
+	// nil.
+	Visible func(gid txn.GID, csn txn.CSN, queued time.Time)
 
 	// Start: everything up to this CSN is committed here already.
 	Start txn.CSN

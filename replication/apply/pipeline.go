@@ -383,6 +383,11 @@ func (p *Pipeline) visible(e *entry) {
 	p.waiters.wake(e.last)
 
 	p.metrics.applied(e)
+	if p.cfg.Visible != nil && e.local == nil {
+		for i := range e.items {
+			p.cfg.Visible(e.items[i].Set.GID, e.items[i].CSN, e.since)
+		}
+	}
 	p.mu.Lock()
 	for i := range e.items {
 		p.forget(e.items[i].Set.Keys)

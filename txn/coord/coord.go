@@ -50,8 +50,11 @@ type Config struct {
 	// large write set, for each part. Then it is undone where it certainly was not ordered, and reported as unknown where
 	// it may have been. Default 10 s.
 	CommitTimeout time.Duration
-	Logger        *slog.Logger
-	Registerer    prometheus.Registerer
+	// Trace, if set, takes the parts of a transaction's life as they end: "capture", "queue", "order", "publish", and last
+	// the whole, "commit", with its outcome. It is called with locks held, and must not block or call the Coordinator.
+	Trace      func(Span)
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Bounds of one batch. A larger write set than batchBytes travels alone.
@@ -221,6 +224,7 @@ func (c *Coordinator) Marked(gid txn.GID, set *txn.WriteSet, parts txn.Parts, er
 		t.set = set
 		t.marked = time.Now()
 		c.metrics.capture.Observe(t.marked.Sub(t.begun).Seconds())
+		t.trace("capture")
 		if parts == nil {
 			c.enqueue(t)
 			return
@@ -282,6 +286,7 @@ func (c *Coordinator) take() []*Transaction {
 	batch := slices.Clone(c.queue[:n])
 	for _, t := range batch {
 		t.state = proposed
+		t.trace("queue")
 	}
 	c.queue = c.queue[:copy(c.queue, c.queue[n:])]
 	return batch
@@ -441,6 +446,8 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 // finish ends a transaction that was decided. Called with mu held.
 func (c *Coordinator) finish(t *Transaction) {
 	t.state = finished
+	t.trace("publish")
+	t.traceEnd("committed")
 	delete(c.open, t.gid)
 	c.waiting--
 	c.due.Signal()
@@ -463,6 +470,7 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 	t.timer.Stop()
 	if v.Commits() {
 		t.state, t.csn = decided, v.CSN
+		t.trace("order")
 		t.set = nil
 		c.waiting++
 		if c.detached {
@@ -473,6 +481,8 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 		return t
 	}
 	t.state = finished
+	t.trace("order")
+	t.traceEnd(v.Reason.String())
 	delete(c.open, gid)
 	t.send(txn.Event{Step: txn.StepAbort, Reason: v.Reason, With: v.With})
 	return nil

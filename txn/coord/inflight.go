@@ -34,3 +34,32 @@ func (c *Coordinator) InFlight() []InFlight {
 	slices.SortFunc(all, func(a, b InFlight) int { return a.Begun.Compare(b.Begun) })
 	return all
 }
+
+// Span is a part of a transaction's life.
+type Span struct {
+	GID      txn.GID
+	Name     string
+	From, To time.Time
+	CSN      txn.CSN // 0: not decided
+	Outcome  string  // of the whole: "committed", or the reason why not
+}
+
+// trace ends the part of the transaction's life that began where the last one ended. Called with mu held.
+func (t *Transaction) trace(name string) {
+	if t.c.cfg.Trace == nil {
+		return
+	}
+	from, now := t.traced, time.Now()
+	if from.IsZero() {
+		from = t.begun
+	}
+	t.traced = now
+	t.c.cfg.Trace(Span{GID: t.gid, Name: name, From: from, To: now, CSN: t.csn})
+}
+
+// traceEnd ends the whole. Called with mu held.
+func (t *Transaction) traceEnd(outcome string) {
+	if t.c.cfg.Trace != nil {
+		t.c.cfg.Trace(Span{GID: t.gid, Name: "commit", From: t.begun, To: time.Now(), CSN: t.csn, Outcome: outcome})
+	}
+}

@@ -34,6 +34,7 @@ type Transaction struct {
 	pid        uint32
 	begun      time.Time
 	marked     time.Time
+	traced     time.Time // where the latest span ended
 	events     chan txn.Event
 	finished   chan struct{} // closed when the session has said Committed or Lost
 	deadline   time.Time     // for the verdict; set when queued
@@ -90,6 +91,7 @@ func (t *Transaction) send(e txn.Event) {
 // abort ends a transaction that is certainly not in the log. Called with mu held.
 func (t *Transaction) abort(reason txn.AbortReason) {
 	t.state = finished
+	t.traceEnd(reason.String())
 	t.set = nil
 	delete(t.c.open, t.gid)
 	t.c.metrics.decided.WithLabelValues(reason.String()).Inc()
