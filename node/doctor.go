@@ -230,7 +230,10 @@ func (d *doctor) names(ctx context.Context) {
 			reached++
 		}
 	}
-	if reached == others {
+	switch {
+	case others == 0:
+		d.ok("addresses", "the configuration names no other members")
+	case reached == others:
 		d.ok("addresses", "%d addresses of other members are reached", reached)
 	}
 }
