@@ -251,6 +251,9 @@ func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Ident
 	if err := c.Account.CanReach(making); err != nil {
 		return fmt.Errorf("reach postgres.data_dir: %w", err)
 	}
+	if err := clone.Replaceable(dataDir); err != nil {
+		return fmt.Errorf("postgres.data_dir: %w", err)
+	}
 	n.log.Info("this node is given a copy of another member", "donor", from.Node)
 	defer n.cloning.Store(nil)
 	got, err := clone.Receive(ctx, from.Conn, target)

@@ -268,6 +268,9 @@ func TestObtainKilled(t *testing.T) {
 	if err := os.WriteFile(old, []byte("work_mem = '7MB'\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(dataDir, "PG_VERSION"), []byte("18\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	file := filepath.Join(filepath.Dir(dataDir), "quorate.yaml")
 	joiner.cfg.Members = append(joiner.cfg.Members, config.Member{ID: 2, Raft: "127.0.0.1:1", GRPC: "127.0.0.1:2"})
 	if err := joiner.cfg.Save(file); err != nil {

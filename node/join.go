@@ -22,6 +22,7 @@ import (
 	"github.com/quorate/quorate/internal/pgserver"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/replication"
+	"github.com/quorate/quorate/replication/clone"
 	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
@@ -36,6 +37,8 @@ var errRemoved = errors.New("this node was removed from the cluster, and can onl
 const (
 	firstAttempt = 200 * time.Millisecond
 	lastAttempt  = 5 * time.Second
+	// Somebody has to do something first, and each attempt makes a checkpoint at the donor.
+	hopelessAttempt = time.Minute
 )
 
 // askTimeout bounds one call to another member.
@@ -163,7 +166,11 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 		}
 		n.states.set(stateCloning, "the node has not got a copy yet: "+err.Error())
 		n.log.Warn("no copy of another member's data yet", logkey.Error, err)
-		if err := sleep(ctx, pause); err != nil {
+		wait := pause
+		if errors.Is(err, clone.ErrNoSpace) || errors.Is(err, clone.ErrUnfit) {
+			wait = hopelessAttempt
+		}
+		if err := sleep(ctx, wait); err != nil {
 			return nil, err
 		}
 	}

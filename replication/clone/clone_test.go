@@ -672,6 +672,10 @@ func TestFullDisk(t *testing.T) {
 		return target
 	}
 	target := mount("64m")
+	mustFail(t, "a data directory that is mounted", Replaceable(filepath.Dir(target.Dir)), ErrUnfit, "mounted")
+	if err := Replaceable(target.Dir); err != nil {
+		t.Error(err)
+	}
 	_, err := Receive(t.Context(), r.conn, target)
 	mustFail(t, "a small disk", err, ErrNoSpace, "64 MiB free", "node 1 has", "make room")
 	r.idle()

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/quorate/quorate/txn"
 )
 
@@ -89,6 +91,23 @@ func Install(dataDir string, node txn.NodeID) (installed bool, err error) {
 		return false, fmt.Errorf("put the clone in its place: %w", err)
 	}
 	return true, nil
+}
+
+// Replaceable returns an error if a data directory could not be exchanged for a clone: better before hours of copying.
+func Replaceable(dataDir string) error {
+	var own, above unix.Stat_t
+	if err := unix.Stat(dataDir, &own); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("examine %s: %w", dataDir, err)
+	}
+	if err := unix.Stat(filepath.Dir(dataDir), &above); err != nil {
+		return fmt.Errorf("examine %s: %w", filepath.Dir(dataDir), err)
+	}
+	if own.Dev != above.Dev {
+		return fmt.Errorf("%w: %s is where a file system is mounted, so that a clone cannot be put in its place: configure a directory below it", ErrUnfit, dataDir)
+	}
+	return nil
 }
 
 // Discard removes what is there of a clone in the making. Nothing may run in it.

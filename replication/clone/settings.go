@@ -18,7 +18,8 @@ import (
 // they were there; else they come from the donor, except for what ALTER SYSTEM has written.
 var ownFiles = []string{"postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"}
 
-// Configure gives a copy the settings of this node: those of the data directory that it replaces, if that exists. own
+// Configure gives a copy the settings of this node: those of the data directory that it replaces, if that exists and
+// is of the same major version. own
 // gives a file to the server's account. auth is the method of pg_hba.conf for local connections if there is nothing to
 // take it from. The server's next start is a recovery.
 func Configure(dir, replaces string, donor txn.NodeID, auth string, own func(name string) error) error {
@@ -32,9 +33,16 @@ func Configure(dir, replaces string, donor txn.NodeID, auth string, own func(nam
 		}
 		return nil
 	}
+	keep, err := sameMajor(dir, replaces)
+	if err != nil {
+		return fmt.Errorf("configure the clone: %w", err)
+	}
 	for _, name := range ownFiles {
-		text, err := os.ReadFile(filepath.Join(replaces, name))
-		if err == nil && replaces != "" {
+		text, err := []byte(nil), fs.ErrNotExist
+		if keep {
+			text, err = os.ReadFile(filepath.Join(replaces, name))
+		}
+		if err == nil {
 			if err := put(name, string(text)); err != nil {
 				return err
 			}
@@ -65,6 +73,22 @@ func Configure(dir, replaces string, donor txn.NodeID, auth string, own func(nam
 		}
 	}
 	return put("recovery.signal", "")
+}
+
+// sameMajor reports whether two directories are of one major version: the settings of another may not be known any more.
+func sameMajor(dir, other string) (bool, error) {
+	var versions [2]string
+	for i, d := range []string{dir, other} {
+		text, err := os.ReadFile(filepath.Join(d, "PG_VERSION"))
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		versions[i] = string(text)
+	}
+	return versions[0] == versions[1], nil
 }
 
 // places are the settings that say where something is on the donor's machine, or what the donor does for the outside.
