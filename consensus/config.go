@@ -53,12 +53,13 @@ type Config struct {
 	// LogStore is LogStoreWAL (default) or LogStoreBoltDB. It cannot be changed once the log holds entries.
 	LogStore string
 
-	// HeartbeatTimeout is how long a follower hears nothing before it asks for an election. Default 1 s. A shorter one
-	// replaces a dead leader sooner, and a busy one needlessly.
+	// HeartbeatTimeout is how long a follower hears nothing, at least, before it asks for an election; half as long again
+	// at most. Default 700 ms: a dead leader should cost less than 2 s, and a busy one not be replaced needlessly, for
+	// which a majority must have heard nothing of seven heartbeats.
 	HeartbeatTimeout time.Duration
-	// ElectionTimeout is how long a candidate waits for votes. At least HeartbeatTimeout, default 1 s.
+	// ElectionTimeout is how long a candidate waits for votes. At least HeartbeatTimeout, default 700 ms.
 	ElectionTimeout time.Duration
-	// LeaderLease is how long a leader goes on without hearing from a majority. At most HeartbeatTimeout, default 1 s:
+	// LeaderLease is how long a leader goes on without hearing from a majority. At most HeartbeatTimeout, default 700 ms:
 	// nothing is read by it, reads ask a majority; a shorter one only makes a busy leader step down for nothing.
 	LeaderLease time.Duration
 	// CommitTimeout is after what time without new entries a leader repeats the commit index to followers (up to twice
@@ -98,9 +99,9 @@ type Config struct {
 
 func (c *Config) setDefaults() {
 	c.LogStore = orDefault(c.LogStore, LogStoreWAL)
-	c.HeartbeatTimeout = orDefault(c.HeartbeatTimeout, time.Second)
-	c.ElectionTimeout = orDefault(c.ElectionTimeout, time.Second)
-	c.LeaderLease = orDefault(c.LeaderLease, time.Second)
+	c.HeartbeatTimeout = orDefault(c.HeartbeatTimeout, 700*time.Millisecond)
+	c.ElectionTimeout = orDefault(c.ElectionTimeout, 700*time.Millisecond)
+	c.LeaderLease = orDefault(c.LeaderLease, 700*time.Millisecond)
 	c.CommitTimeout = orDefault(c.CommitTimeout, 500*time.Millisecond)
 	c.WriteDeadline = orDefault(c.WriteDeadline, 5*time.Second)
 	c.VerifyInterval = orDefault(c.VerifyInterval, 10*time.Second)

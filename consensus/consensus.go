@@ -126,12 +126,13 @@ type Consensus struct {
 
 	configured *configured
 	changing   chan struct{} // holds something during a change of the members
+	reloading  sync.Mutex    // held during a change of Raft's settings
 
 	// What runs, grouped by when Close ends it.
 	closing context.Context // ended first
 	close   context.CancelFunc
 	calls   gate           // calls of the gRPC service, and prime
-	drivers sync.WaitGroup // runLink, runVerification and runContact
+	drivers sync.WaitGroup // what runs until then: runLink and its like
 	futures sync.WaitGroup // what waits for Raft's futures
 	stopped chan struct{}  // closed once Raft has stopped
 	watcher sync.WaitGroup // observe
@@ -274,6 +275,7 @@ func (c *Consensus) start() {
 	c.drivers.Go(c.runLink)
 	c.drivers.Go(c.runVerification)
 	c.drivers.Go(c.runContact)
+	c.drivers.Go(c.runSuspicion)
 }
 
 // stored passes on what the log has stored: see transport.stored.

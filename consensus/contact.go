@@ -31,8 +31,8 @@ func (c *contact) at() time.Time {
 	return time.Time{}
 }
 
-// quorumHeartbeats is the age of the contact, in heartbeat timeouts, from which on a node is without quorum. A follower
-// notices within three, and mostly two, that its leader is gone; what a new one mends in that time is no loss of quorum.
+// quorumHeartbeats is the age of the contact, in heartbeat timeouts, from which on a node is without quorum. Followers
+// notice within one and a half that their leader is gone; what a new one mends in three is no loss of quorum.
 const quorumHeartbeats = 3
 
 // QuorumTimeout is how long a node may be without contact to a majority before it should count as cut off.

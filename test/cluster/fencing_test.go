@@ -19,7 +19,7 @@ import (
 
 // Of TestFencing's nodes.
 const (
-	quorumTimeout = 3 * time.Second // three heartbeat timeouts
+	quorumTimeout = 2100 * time.Millisecond // three heartbeat timeouts
 	maxStaleness  = 6 * time.Second
 	commitTimeout = 6 * time.Second
 )
