@@ -1,8 +1,10 @@
 package node
 
 import (
+	"context"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/quorate/quorate/replication/pg"
 )
@@ -41,5 +43,21 @@ func TestReserve(t *testing.T) {
 	}
 	if due = r.due([]pg.SequencePosition{{Name: "ended", Last: 10, Step: 16, Room: 5}}); len(due) != 1 {
 		t.Errorf("a sequence that was set back: %+v", due) // by setval: the values are its user's business
+	}
+}
+
+// TestReserveInLog: a running node has the log know of what it gives out, before whoever asks for a value can have used it up.
+func TestReserveInLog(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg := loneNode(t)
+	n := openNode(t, ctx, cfg)
+	run(t, ctx, cfg.Listen.Gateway, "CREATE TABLE t (id bigserial PRIMARY KEY)", "INSERT INTO t DEFAULT VALUES", "SELECT nextval('t_id_seq')")
+	for n.current.Load().machine.Reserved(0)["public.t_id_seq"] < 17+leastReserve*16/2 {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the log has %v", n.current.Load().machine.Reserved(0))
+		case <-time.After(10 * time.Millisecond): // nobody is told of it
+		}
 	}
 }
