@@ -87,6 +87,12 @@ func (n *Node) openCertificates(context.Context) error {
 		if err := c.RequireNode(); err != nil {
 			return fmt.Errorf("tls.cert: %w", err)
 		}
+		// Others would refuse to talk to it, each in its own log.
+		for field, address := range map[string]string{"raft": n.cfg.Advertise.Raft, "grpc": n.cfg.Advertise.GRPC} {
+			if host, _, err := net.SplitHostPort(address); err == nil && c.Certificate().VerifyHostname(host) != nil {
+				return fmt.Errorf("tls.cert: %s is not for %s, by which others reach this node (advertise.%s): make one with \"quorate cert node --host %s\"", t.Cert, host, field, host)
+			}
+		}
 		n.certificates = c
 		n.metrics.MustRegister(expiry("node", c))
 	} else {

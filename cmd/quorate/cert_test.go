@@ -84,3 +84,31 @@ func TestTarget(t *testing.T) {
 		}
 	}
 }
+
+// A node does not start with a certificate that is of no use to it, and says why; and not beyond loopback without one.
+func TestRunNeedsTheRightCertificate(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range []string{"ca", "node --name good --host 10.0.0.1", "node --name elsewhere --host 10.0.0.2", "client --name ann --role operate"} {
+		if code, _, stderr := do(t, append(append([]string{"cert"}, strings.Fields(args)...), "--dir", dir)...); code != exitOK {
+			t.Fatal(stderr)
+		}
+	}
+	try := func(tls, want string, code int) {
+		t.Helper()
+		file := filepath.Join(dir, "quorate.yaml")
+		text := "cluster: c\nnode: 1\nrole: witness\ndata_dir: data\nlisten: {grpc: '10.0.0.1:1', http: '10.0.0.1:2', raft: '10.0.0.1:3'}\n" +
+			"members: [{id: 1, role: witness, grpc: '10.0.0.1:1', raft: '10.0.0.1:3'}, {id: 2, grpc: '10.0.0.2:1', raft: '10.0.0.2:3'}]\n" + tls
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, _, stderr := do(t, "run", "--config", file); got != code || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit code %d, want %d with %q; it says\n%s", tls, got, code, want, stderr)
+		}
+	}
+	try("", "quorate cert ca", exitUsage)
+	try("tls: {ca: ca.crt, cert: good.crt, key: ann.key}", "private key does not match", exitFailure)
+	try("tls: {ca: ca.crt, cert: ann.crt, key: ann.key}", "has role operate", exitFailure)
+	try("tls: {ca: ca.crt, cert: elsewhere.crt, key: elsewhere.key}", "is not for 10.0.0.1", exitFailure)
+	// With the right one it comes as far as to listen where this machine has no address.
+	try("tls: {ca: ca.crt, cert: good.crt, key: good.key}", "10.0.0.1:", exitFailure)
+}
