@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench bench-clone stress chaos faults sim model verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench bench-clone stress chaos faults sim model screenshots verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -56,6 +56,10 @@ sim:
 # The commit protocol and recovery, checked exhaustively; see model/README.md. It needs Debian's spin.
 model:
 	model/check.sh
+
+# The pictures of the dashboard in docs/img, of a cluster that is started for them. It takes four minutes.
+screenshots:
+	QUORATE_SCREENSHOTS=$(CURDIR)/docs/img $(GO) test -count=1 -timeout 20m -v -run TestScreenshots ./test/dashboard
 
 verify: fmt-check generate-check tidy-check
 	$(GO) vet ./...

@@ -113,6 +113,9 @@ func TestPageSignsIn(t *testing.T) {
 	// A right that is taken away ends what is shown.
 	now.Store(0)
 	tab.AwaitText(within, "#sign-in", "Token")
+	if browser.Value[bool](tab, `document.querySelector("#cards").checkVisibility({ visibilityProperty: true })`) {
+		t.Error("what was shown to an operator is left to nobody")
+	}
 }
 
 func TestPageActs(t *testing.T) {

@@ -141,6 +141,8 @@
     const session = await asked.json();
     state.role = session.role;
     $("leave").hidden = !session.login || state.role === "nobody";
+    // What was shown to somebody who was known is not left to somebody who is not.
+    document.body.toggleAttribute("data-locked", state.role === "nobody" && session.login === true);
     if (state.role === "nobody") {
       if (session.login) await signIn();
       else text($("verdict-text"), "This node shows its cluster to those who have a certificate for it. Have the browser send yours.");

@@ -2,14 +2,19 @@ package dashboard_test
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/chromedp/chromedp/kb"
 
 	"github.com/quorate/quorate/internal/browser"
 	"github.com/quorate/quorate/test/cluster"
@@ -237,4 +242,58 @@ func TestPage(t *testing.T) {
 		t.Error("the page was loaded again")
 	}
 	tab.Await(patience, "commits", `Number(document.querySelector("#plot-commits b").innerText) > 1`)
+
+	t.Log("and from then on asks who looks")
+	token := addToken(t, c, 1)
+	check(t, c.KillNode(ctx, 1))
+	check(t, c.StartNode(1))
+	tab.AwaitText(patience, "#sign-in", "Token")
+	tab.Type("#token", token+kb.Enter)
+	tab.AwaitText(patience, "#strip", "Live from node 1")
+	tab.AwaitText(patience, "#cards", "node 1")
+	tab.Await(patience, "no actions to who may only look", `Array.from(document.querySelectorAll(".menu")).every((m) => !m.checkVisibility())`)
+}
+
+// addToken gives a node a token for looking, from its next start on.
+func addToken(t *testing.T, c *cluster.Cluster, node int) string {
+	t.Helper()
+	file := filepath.Join(c.NodeDir(node), "http.tokens")
+	token := rand.Text()
+	check(t, os.WriteFile(file, fmt.Appendf(nil, "read %x somebody\n", sha256.Sum256([]byte(token))), 0o600))
+	config, err := os.OpenFile(filepath.Join(c.NodeDir(node), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+	check(t, err)
+	_, err = fmt.Fprintf(config, "http: {tokens: %s}\n", file)
+	check(t, errors.Join(err, config.Close()))
+	return token
+}
+
+// soakVariable is for how long TestPageForLong looks, as a Go duration.
+const soakVariable = "QUORATE_DASHBOARD_SOAK"
+
+// TestPageForLong keeps a page open and finds that it does not grow.
+func TestPageForLong(t *testing.T) {
+	length := 20 * time.Second
+	if text := os.Getenv(soakVariable); text != "" {
+		var err error
+		length, err = time.ParseDuration(text)
+		check(t, err)
+	}
+	c, ctx := open(t, 1, 2, 3)
+	tab := browser.Open(t, browser.Options{})
+	tab.Open(page(c, 1))
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	// By then everything has been shown once, and lists begin to be full.
+	pause(ctx, length/4)
+	before := tab.Memory()
+	pause(ctx, length*3/4)
+	after := tab.Memory()
+	t.Logf("after %v: %+v; after %v: %+v", length/4, before, length, after)
+	tab.AwaitText(patience, "#strip", "Live from node 1")
+	// Ten minutes of points in the charts, and two hundred conflicts, are what may come.
+	if grown := after.Heap - before.Heap; grown > 2<<20 {
+		t.Errorf("the page's heap has grown by %d bytes", grown)
+	}
+	if after.Nodes > before.Nodes+6000 || after.Listeners > before.Listeners+50 {
+		t.Errorf("the page's document has grown: %+v, then %+v", before, after)
+	}
 }
