@@ -356,8 +356,9 @@
       const good = n.reachable && n.state === "active" && (n.writes || n.witness);
       attr(at.root, "data-mood", good ? "ok" : !n.reachable || n.state === "failed" ? "bad" : "warn");
       text(at.chip, !n.reachable ? "not reached" : n.state === "active" && !good ? (self && state.cluster.access === "read-only" ? "read only" : self ? "no clients" : "no writes") : n.state);
-      text(at.role, n.role === "leader" ? "★ leader" : n.role || "role unknown");
-      at.role.classList.toggle("leads", n.role === "leader");
+      const leads = n.reachable && n.role === "leader";
+      text(at.role, leads ? "★ leader" : !n.role ? "role unknown" : n.reachable ? n.role : `was ${n.role}`);
+      at.role.classList.toggle("leads", leads);
       const kind = [self ? "this node" : "", n.witness ? "witness" : "", n.voter ? "" : "no vote"].filter(Boolean).join(", ");
       text(at.kind, kind);
       at.kind.hidden = kind === "";
@@ -486,18 +487,19 @@
 
   const dashes = [[], [7, 3], [2, 2.5], [9, 3, 2, 3], [4, 4], [1, 4]];
   const css = ["solid", "dashed", "dotted", "dashed", "dashed", "dotted"];
-  const keys = (part) => () => {
-    const found = [];
-    for (const s of state.samples) for (const key of Object.keys(s[part] ?? {})) if (!found.includes(key)) found.push(key);
-    return found;
+  // keys are those that have had another value than zero, or all.
+  const keys = (part, zero = true) => () => {
+    const found = new Set();
+    for (const s of state.samples) for (const [key, value] of Object.entries(s[part] ?? {})) if (zero || value > 0) found.add(key);
+    return [...found];
   };
   const fixed = (...pairs) => () => pairs;
   // A chart is: title, unit, the names of its lines, and the value of a line in a sample; undefined leaves a gap.
   const definitions = [
-    { id: "commits", title: "Commits", unit: "per second", names: fixed("cluster", "this node"), value: (s, name) => name === "cluster" ? s.commits : s.own, show: rate, fill: true },
+    { id: "commits", title: "Commits", unit: "per second", names: fixed("cluster", "this node"), value: (s, name) => name === "cluster" ? s.commits : s.own, show: rate },
     { id: "latency50", title: "Commit latency, p50", unit: "ms, this node", names: () => state.stages, value: (s, name) => s.p50?.[name], show: span },
     { id: "latency99", title: "Commit latency, p99", unit: "ms, this node", names: () => state.stages, value: (s, name) => s.p99?.[name], show: span },
-    { id: "aborts", title: "Aborts by reason", unit: "per second, this node", names: keys("aborts"), value: (s, name) => s.aborts?.[name], show: rate },
+    { id: "aborts", title: "Aborts by reason", unit: "per second, this node", names: keys("aborts", false), none: "None lately.", value: (s, name) => s.aborts?.[name], show: rate },
     { id: "lag", title: "Lag", unit: "transactions", names: keys("lag"), label: (name) => `node ${name}`, value: (s, name) => s.lag?.[name], show: whole },
     { id: "queue", title: "Queue depth", unit: "transactions, this node", names: keys("queue"), value: (s, name) => s.queue?.[name], show: whole },
   ];
@@ -515,8 +517,10 @@
   const makeChart = (d) => {
     const canvas = el("canvas", { tabindex: "0", role: "img" });
     const legend = el("ul", { class: "series" });
+    if (d.none) legend.dataset.none = d.none;
     $("plots").append(el("figure", { class: "plot", id: "plot-" + d.id }, el("h3", {}, d.title + " ", el("small", {}, d.unit)), canvas, legend));
-    const c = { ...d, canvas, legend, width: 0, height: 0 };
+    // What a line looks like is settled when it is first seen, whichever come and go later.
+    const c = { ...d, canvas, legend, looks: new Map() };
     const at = (event) => {
       const shown = sampleRange();
       const x = (event.clientX - canvas.getBoundingClientRect().left - LEFT) / (canvas.clientWidth - LEFT - RIGHT);
@@ -579,7 +583,9 @@
   const drawChart = (c, shown, samples, mark) => {
     const { lines, muted, grid, cross } = colours();
     const names = c.names();
-    rows(c.legend, names, () => el("li", {}, el("i"), el("span"), el("b")), (li, name, i) => {
+    for (const name of names) if (!c.looks.has(name)) c.looks.set(name, c.looks.size);
+    rows(c.legend, names, () => el("li", {}, el("i"), el("span"), el("b")), (li, name) => {
+      const i = c.looks.get(name);
       li.children[0].style.borderTopColor = lines[i % lines.length];
       li.children[0].style.borderTopStyle = css[i % css.length];
       text(li.children[1], c.label ? c.label(name) : name);
@@ -622,34 +628,35 @@
       g.textAlign = "center";
       g.fillText(label, x(at), height - 5);
     }
-    names.forEach((name, i) => {
+    for (const name of names) {
+      const i = c.looks.get(name);
       g.strokeStyle = lines[i % lines.length];
       g.lineWidth = 1.75;
       g.lineJoin = "round";
       g.setLineDash(dashes[i % dashes.length]);
       g.beginPath();
-      let before = null, first = null;
+      let before = null;
       for (const s of samples) {
         const v = c.value(s, name);
         // A line does not lead over a time of which nothing is known.
         if (v === undefined || s.at < shown.from) { if (v === undefined) before = null; continue; }
         if (before === null || s.at - before > 3500) g.moveTo(x(s.at), y(v)); else g.lineTo(x(s.at), y(v));
-        if (before === null) { g.lineTo(x(s.at) + 0.01, y(v)); first ??= s.at; }
+        if (before === null) g.lineTo(x(s.at) + 0.01, y(v)); // a point alone is visible too
         before = s.at;
       }
       g.stroke();
-    });
+    }
     g.setLineDash([]);
     if (mark) {
       g.strokeStyle = cross;
       g.lineWidth = 1;
       g.beginPath(); g.moveTo(Math.round(x(mark.at)) + 0.5, TOP); g.lineTo(Math.round(x(mark.at)) + 0.5, height - BOTTOM); g.stroke();
-      names.forEach((name, i) => {
+      for (const name of names) {
         const v = c.value(mark, name);
-        if (v === undefined) return;
-        g.fillStyle = lines[i % lines.length];
+        if (v === undefined) continue;
+        g.fillStyle = lines[c.looks.get(name) % lines.length];
         g.beginPath(); g.arc(x(mark.at), y(v), 3, 0, 7); g.fill();
-      });
+      }
       g.fillStyle = muted;
       g.textBaseline = "top";
       g.textAlign = x(mark.at) > width / 2 ? "right" : "left";
