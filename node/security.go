@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/invariant"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pki"
 	consensuspb "github.com/quorate/quorate/proto/quorate/consensus/v1"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
@@ -124,7 +126,8 @@ func (n *Node) newGRPC() (*grpc.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	options := append(guard.Options(), grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader))
+	options := append(guard.Options(), grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: peers.MinPing}))
 	if n.certificates != nil {
 		options = append(options, grpc.Creds(authz.ServerCredentials(n.certificates)))
 	}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/quorate/quorate/txn"
 )
@@ -41,12 +42,21 @@ type conn struct {
 // would look dead.
 var reconnect = backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}
 
+// alive ends a connection on which nothing comes through any more: in a partition TCP would go on to try, ever more
+// seldom, and still be trying long after the network has healed. gRPC passes Timeout on to TCP (TCP_USER_TIMEOUT), which
+// is what counts as long as something is being sent.
+var alive = keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}
+
+// MinPing is the least time between keepalive pings of a pool; a server must allow it.
+const MinPing = 5 * time.Second
+
 // New returns a pool without connections. lookup tells the host:port of a member's gRPC server as of now; it is called
 // for each Conn and must not block or call the pool. options win over the pool's own; without credentials among them
 // nothing is encrypted.
 func New(lookup func(txn.NodeID) (address string, ok bool), options ...grpc.DialOption) *Pool {
 	own := []grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
+		grpc.WithKeepaliveParams(alive),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: time.Second}),
 	}
 	return &Pool{lookup: lookup, options: append(own, options...), conns: make(map[txn.NodeID]conn)}

@@ -1,0 +1,214 @@
+package admin_test
+
+import (
+	"context"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/quorate/quorate/admin"
+	"github.com/quorate/quorate/internal/peers"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/txn"
+)
+
+// observed is a node whose view the test changes.
+type observed struct {
+	id txn.NodeID
+
+	mu      sync.Mutex
+	view    *pb.View
+	changed chan struct{}
+	made    int
+}
+
+func newObserved(id txn.NodeID) *observed {
+	return &observed{id: id, view: &pb.View{Node: uint32(id), HeartbeatTimeoutSeconds: 1}, changed: make(chan struct{})}
+}
+
+func (o *observed) View() *pb.View {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.made++
+	v := proto.CloneOf(o.view)
+	v.TimeMs = int64(o.made) // differs each time
+	return v
+}
+
+func (o *observed) Changed() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.changed
+}
+
+func (o *observed) set(change func(*pb.View)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	change(o.view)
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+func (o *observed) InFlight(most int) (all []*pb.TransactionInFlight) {
+	for i := range most {
+		all = append(all, &pb.TransactionInFlight{Node: uint32(o.id), AgeSeconds: float64(i) + float64(o.id)/10})
+	}
+	return all
+}
+
+func (o *observed) Lookup(_ context.Context, gid txn.GID) (*pb.LookupResponse, error) {
+	return &pb.LookupResponse{Status: gid.String()}, nil
+}
+
+// Conflicts are one that all nodes know of, and one of this node alone.
+func (o *observed) Conflicts(context.Context, int) []*pb.Conflict {
+	return []*pb.Conflict{{Kind: "certification", Gid: "1-a-1", TimeMs: int64(10 + o.id)}, {Kind: "eviction", Node: uint32(o.id), TimeMs: int64(o.id)}}
+}
+
+func (o *observed) Happened(req *pb.EventsRequest) (all []*pb.Event) {
+	for i := range req.Limit {
+		all = append(all, &pb.Event{Node: uint32(o.id), Number: uint64(1000 - i), TimeMs: 10_000 - 10*int64(i) - int64(o.id), Kind: req.Kind})
+	}
+	return all
+}
+
+// observe serves some nodes, the third of which does not answer, and returns a client of the first.
+func observe(t *testing.T) (pb.ObserveClient, *observed) {
+	t.Helper()
+	l1, l2, dead := listen(t), listen(t), listen(t)
+	if err := dead.Close(); err != nil {
+		t.Fatal(err)
+	}
+	members := []admin.Member{{ID: 1, GRPC: l1.Addr().String()}, {ID: 2, GRPC: l2.Addr().String()}, {ID: 3, GRPC: dead.Addr().String()}}
+	first := newObserved(1)
+	for id, node := range map[txn.NodeID]*observed{1: first, 2: newObserved(2)} {
+		pool := peers.New(func(other txn.NodeID) (string, bool) { return members[other-1].GRPC, true })
+		o := admin.NewObserve(admin.Config{Node: id, Members: func() []admin.Member { return members }, Peers: pool}, node)
+		s := grpc.NewServer()
+		o.Register(s)
+		var served sync.WaitGroup
+		l := map[txn.NodeID]net.Listener{1: l1, 2: l2}[id]
+		served.Go(func() {
+			if err := s.Serve(l); err != nil {
+				t.Errorf("serve: %v", err)
+			}
+		})
+		t.Cleanup(func() {
+			o.Close() // a graceful stop waits for nobody then
+			s.GracefulStop()
+			served.Wait()
+			if err := pool.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return pb.NewObserveClient(dial(t, l1.Addr().String())), first
+}
+
+func TestWatch(t *testing.T) {
+	client, node := observe(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	stream, err := client.Watch(ctx, &pb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := func() *pb.View {
+		t.Helper()
+		v, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	next()
+	node.set(func(v *pb.View) { v.Leader = 2 })
+	if v := next(); v.Leader != 2 {
+		t.Errorf("after a change: %v", v)
+	}
+	// A burst of changes is one message, the last of them.
+	for i := range uint64(100) {
+		node.set(func(v *pb.View) { v.Term = i + 1 })
+	}
+	began, messages := time.Now(), 0
+	for v := next(); v.Term != 100; v = next() {
+		messages++
+	}
+	if most := int(time.Since(began)/admin.WatchInterval) + 1; messages > most {
+		t.Errorf("%d messages in %v", messages, time.Since(began))
+	}
+	// Nothing new: the time of day alone is no reason to speak, but now and then it is said that all is as it was.
+	began = time.Now()
+	next()
+	if passed := time.Since(began); passed < admin.WatchInterval {
+		t.Errorf("a message after %v without news", passed)
+	}
+
+	// Who goes away ends nothing but its own watch.
+	cancel()
+	if _, err := stream.Recv(); status.Code(err) != codes.Canceled {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+func TestPages(t *testing.T) {
+	client, _ := observe(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for limit, want := range map[uint32]int{0: admin.DefaultPage, 7: 7, admin.MaxPage: admin.MaxPage} {
+		e, err := client.Events(ctx, &pb.EventsRequest{Limit: limit, Kind: "k"})
+		if err != nil || len(e.Events) != want || len(e.Unreachable) != 1 || e.Unreachable[0].Node != 3 || e.Unreachable[0].Reason == "" {
+			t.Fatalf("limit %d: %d events, unreachable %v, %v", limit, len(e.GetEvents()), e.GetUnreachable(), err)
+		}
+		nodes := make(map[uint32]bool)
+		for i, one := range e.Events {
+			if nodes[one.Node] = true; i > 0 && one.TimeMs > e.Events[i-1].TimeMs || one.Kind != "k" {
+				t.Fatalf("limit %d: event %d is out of order, or of another kind: %v", limit, i, one)
+			}
+		}
+		if len(nodes) != 2 {
+			t.Errorf("events are of nodes %v", nodes)
+		}
+		f, err := client.Transactions(ctx, &pb.TransactionsRequest{Limit: limit})
+		if err != nil || len(f.Transactions) != 2*want || f.Transactions[0].Node != 2 || len(f.Unreachable) != 1 {
+			t.Fatalf("limit %d: %d transactions, %v, %v", limit, len(f.GetTransactions()), f.GetUnreachable(), err)
+		}
+	}
+	if e, err := client.Events(ctx, &pb.EventsRequest{Local: true}); err != nil || len(e.Unreachable) != 0 || e.Events[1].Node != 1 {
+		t.Errorf("local events: %v, %v", e, err)
+	}
+	if e, err := client.Events(ctx, &pb.EventsRequest{After: 5}); err != nil || len(e.Unreachable) != 0 {
+		t.Errorf("events after a number, which is this node's: %v, %v", e, err)
+	}
+	c, err := client.Conflicts(ctx, &pb.ConflictsRequest{})
+	if err != nil || len(c.Conflicts) != 3 || c.Conflicts[0].Gid != "1-a-1" || c.Conflicts[0].TimeMs != 11 || c.Conflicts[1].Node != 2 || c.Conflicts[2].Node != 1 {
+		t.Errorf("conflicts: %v, %v", c, err)
+	}
+	if c, err := client.Conflicts(ctx, &pb.ConflictsRequest{Limit: 1}); err != nil || len(c.Conflicts) != 1 {
+		t.Errorf("one conflict: %v, %v", c, err)
+	}
+	for name, call := range map[string]func() error{
+		"events":       func() error { _, err := client.Events(ctx, &pb.EventsRequest{Limit: admin.MaxPage + 1}); return err },
+		"transactions": func() error { _, err := client.Transactions(ctx, &pb.TransactionsRequest{Limit: 1 << 31}); return err },
+		"conflicts":    func() error { _, err := client.Conflicts(ctx, &pb.ConflictsRequest{Limit: 1001}); return err },
+		"lookup":       func() error { _, err := client.Lookup(ctx, &pb.LookupRequest{Gid: "1-2"}); return err },
+	} {
+		if err := call(); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if l, err := client.Lookup(ctx, &pb.LookupRequest{Gid: "1-a-2"}); err != nil || l.Status != "1-a-2" {
+		t.Errorf("lookup: %v, %v", l, err)
+	}
+	gone, end := context.WithTimeout(ctx, time.Nanosecond)
+	defer end()
+	if _, err := client.Events(gone, &pb.EventsRequest{}); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("past its deadline: %v", err)
+	}
+}

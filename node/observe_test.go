@@ -1,0 +1,85 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/quorate/quorate/replication/capture"
+	"github.com/quorate/quorate/txn"
+)
+
+// People look events up by their kind.
+func TestEventKindsAreDocumented(t *testing.T) {
+	source, err := os.ReadFile("observe.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile("../docs/observability.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kinds := regexp.MustCompile(`(?m)^\tevent\w+ += "(\w+)"$`).FindAllSubmatch(source, -1)
+	if len(kinds) < 15 {
+		t.Fatalf("%d kinds", len(kinds))
+	}
+	for _, m := range kinds {
+		if !strings.Contains(string(page), "`"+string(m[1])+"`") {
+			t.Errorf("docs/observability.md does not tell of %s", m[1])
+		}
+	}
+}
+
+func gid(sequence uint64) txn.GID { return txn.GID{Node: 2, Incarnation: 1, Sequence: sequence} }
+
+// Conflicts are located when somebody asks, once; memory is bounded whatever the losers were.
+func TestConflicts(t *testing.T) {
+	var c conflicts
+	calls := 0
+	var fail error
+	locate := func(_ context.Context, set *txn.WriteSet, _ txn.Key) (capture.Place, bool, error) {
+		calls++
+		return capture.Place{Table: "t", Key: set.GID.String()}, true, fail
+	}
+	list := func(most int) []conflict { return c.list(t.Context(), most, locate) }
+
+	c.committed(5, gid(100))
+	c.certified(&txn.WriteSet{GID: gid(1), Changes: make([]byte, 10)}, txn.Verdict{Reason: txn.AbortConflict, With: 5, Mode: txn.ModeWrite})
+	c.certified(&txn.WriteSet{GID: gid(2), Changes: make([]byte, maxLoser+1)}, txn.Verdict{Reason: txn.AbortConflict, With: 6, Mode: txn.ModeWrite})
+	if !c.evicted(1, 77, 5) || c.evicted(1, 77, 5) || !c.evicted(1, 77, 6) {
+		t.Error("asking again is a new conflict, or a new one is not")
+	}
+	fail = errors.New("no catalog")
+	if got := list(10); len(got) != 4 || got[3].place.Table != "" {
+		t.Errorf("without a catalog: %+v", got)
+	}
+	fail = nil
+	got := list(10)
+	if len(got) != 4 || got[3].loser != gid(1) || got[3].gid != gid(100) || got[3].place.Key != gid(1).String() || got[2].gid != (txn.GID{}) || got[2].place.Table != "" || got[1].kind != conflictEvicted {
+		t.Errorf("conflicts are %+v", got)
+	}
+	calls = 0
+	if again := list(10); calls != 0 || again[3].place != got[3].place || c.bytes != 0 {
+		t.Errorf("located again %d times, %d bytes are kept", calls, c.bytes)
+	}
+
+	for i := range uint64(5 * keptConflicts) {
+		c.certified(&txn.WriteSet{GID: gid(10 + i), Changes: make([]byte, maxLoser)}, txn.Verdict{Reason: txn.AbortConflict, With: txn.CSN(i)})
+		if c.bytes > maxLosers || len(c.latest) > 2*keptConflicts {
+			t.Fatalf("after %d: %d bytes, %d conflicts", i, c.bytes, len(c.latest))
+		}
+	}
+	got = list(1 << 20)
+	kept := 0
+	for _, one := range got {
+		if one.place.Table != "" {
+			kept++
+		}
+	}
+	if len(got) < keptConflicts || got[0].loser != gid(10+5*keptConflicts-1) || kept != maxLosers/maxLoser || c.bytes != 0 {
+		t.Errorf("%d conflicts, the latest %v, %d of them located, %d bytes", len(got), got[0].loser, kept, c.bytes)
+	}
+}
