@@ -55,7 +55,7 @@ type Config struct {
 
 	// HeartbeatTimeout is how long a follower hears nothing, at least, before it asks for an election; half as long again
 	// at most. Default 700 ms: a dead leader should cost less than 2 s, and a busy one not be replaced needlessly, for
-	// which a majority must have heard nothing of seven heartbeats.
+	// which a majority must have heard nothing of four heartbeats at least.
 	HeartbeatTimeout time.Duration
 	// ElectionTimeout is how long a candidate waits for votes. At least HeartbeatTimeout, default 700 ms.
 	ElectionTimeout time.Duration
@@ -78,6 +78,12 @@ type Config struct {
 	// TrailingLogs is how many entries stay in the log behind a snapshot, so that a member that was away can follow.
 	// One that is further behind must be cloned. Default 10240.
 	TrailingLogs uint64
+	// SnapshotBytes and TrailingBytes bound the same in bytes of entries: a snapshot is taken when so many have come since
+	// the last one, and behind one no more than so many stay, even if they are fewer entries than TrailingLogs. Defaults
+	// 256 MiB each. On disk it is up to a file more, 64 MiB with LogStoreWAL. What the machine has not taken yet
+	// always stays.
+	SnapshotBytes uint64
+	TrailingBytes uint64
 
 	// ServerTLS and ClientTLS are used on Raft connections, which come in and go out; nil: no encryption, for loopback and
 	// trusted networks only. ClientTLS is asked for every connection, and given the host that is dialled as ServerName
@@ -108,6 +114,8 @@ func (c *Config) setDefaults() {
 	c.SnapshotInterval = orDefault(c.SnapshotInterval, time.Minute)
 	c.SnapshotThreshold = orDefault(c.SnapshotThreshold, 16384)
 	c.TrailingLogs = orDefault(c.TrailingLogs, 10240)
+	c.SnapshotBytes = orDefault(c.SnapshotBytes, 256<<20)
+	c.TrailingBytes = orDefault(c.TrailingBytes, 256<<20)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

@@ -127,6 +127,7 @@ type Consensus struct {
 	configured *configured
 	changing   chan struct{} // holds something during a change of the members
 	reloading  sync.Mutex    // held during a change of Raft's settings
+	grown      chan struct{} // capacity 1: the log may have grown by SnapshotBytes
 
 	// What runs, grouped by when Close ends it.
 	closing context.Context // ended first
@@ -164,6 +165,7 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 		conns:       make(map[txn.NodeID]connection),
 		configured:  newConfigured(cfg.Node),
 		changing:    make(chan struct{}, 1),
+		grown:       make(chan struct{}, 1),
 		stopped:     make(chan struct{}),
 		failed:      make(chan struct{}),
 	}
@@ -171,7 +173,10 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 	c.feed = newFeed(m)
 	c.feed.fail, c.feed.committed, c.feed.configured = c.fail, c.committed, c.configured.set
 	c.transfers = &transferWatch{limit: 2 * cfg.ElectionTimeout, stuck: c.fail}
-	c.metrics = newMetrics(c.Status)
+	c.metrics = newMetrics(c.Status, func() (bytes, entries uint64) {
+		bytes, entries, _ = c.stores.log.sizes.read()
+		return bytes, entries
+	}, &c.config)
 	if err := c.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open consensus: %w", err), c.shut())
 	}
@@ -185,7 +190,10 @@ func (c *Consensus) open() (err error) {
 		return err
 	}
 	c.feed.read, c.feed.latest = c.stores.log.GetLog, c.stores.latestSnapshot
-	c.feed.restored = c.stores.snapshotConfiguration
+	c.feed.restored, c.feed.written = c.stores.snapshotConfiguration, c.retain
+	if err := c.measureLog(); err != nil {
+		return err
+	}
 	if c.transport, err = c.listen(); err != nil {
 		return err
 	}
@@ -276,6 +284,7 @@ func (c *Consensus) start() {
 	c.drivers.Go(c.runVerification)
 	c.drivers.Go(c.runContact)
 	c.drivers.Go(c.runSuspicion)
+	c.drivers.Go(c.runGrowth)
 }
 
 // stored passes on what the log has stored: see transport.stored.
@@ -283,6 +292,7 @@ func (c *Consensus) stored(index, term uint64) {
 	if c.transport != nil { // not yet while bootstrapping
 		c.metrics.flushes.Inc()
 		c.transport.stored(index, term)
+		c.logGrown()
 	}
 }
 

@@ -40,6 +40,8 @@ type feed struct {
 	// configured is told each committed configuration, restored where to find the one that a restored snapshot has.
 	configured func(index uint64, servers []raft.Server)
 	restored   func() (index uint64, servers []raft.Server, err error)
+	// written is told the index of each snapshot that is written, before Raft truncates the log behind it.
+	written func(index uint64)
 	// latest opens the newest snapshot and tells its index; nil if there is none.
 	latest func() (uint64, io.ReadCloser, error)
 
@@ -275,7 +277,7 @@ func (f *feed) Snapshot() (raft.FSMSnapshot, error) {
 	if answer.err != nil {
 		return nil, answer.err
 	}
-	return &persisted{of: answer.snapshot, index: request.at, released: func() { <-f.snapshotting }}, nil
+	return &persisted{of: answer.snapshot, index: request.at, written: f.written, released: func() { <-f.snapshotting }}, nil
 }
 
 // withdraw takes a request back, unless the apply goroutine has it already.
@@ -319,6 +321,7 @@ const snapshotHeader = 16
 type persisted struct {
 	of       Snapshot
 	index    uint64
+	written  func(index uint64)
 	released func()
 }
 
@@ -330,6 +333,7 @@ func (p *persisted) Persist(sink raft.SnapshotSink) error {
 	if _, err := p.of.WriteTo(sink); err != nil {
 		return fmt.Errorf("write snapshot at %d: %w", p.index, err)
 	}
+	p.written(p.index)
 	return nil
 }
 

@@ -158,6 +158,7 @@ func isCheckpoint(l *raft.Log) (bool, error) {
 type logCache struct {
 	raft.LogStore
 	onStored func(index, term uint64)
+	sizes    *logSizes
 
 	mu     sync.RWMutex
 	ring   [cacheEntries]*raft.Log
@@ -166,7 +167,7 @@ type logCache struct {
 }
 
 func newLogCache(store raft.LogStore, onStored func(index, term uint64)) *logCache {
-	return &logCache{LogStore: store, onStored: onStored, lo: 1}
+	return &logCache{LogStore: store, onStored: onStored, sizes: &logSizes{}, lo: 1}
 }
 
 // IsMonotonic implements raft.MonotonicLogStore for the store below.
@@ -200,6 +201,7 @@ func (c *logCache) StoreLogs(logs []*raft.Log) error {
 		c.addLocked(l)
 	}
 	c.mu.Unlock()
+	c.sizes.add(logs)
 	last := logs[len(logs)-1]
 	c.onStored(last.Index, last.Term)
 	return nil
@@ -238,7 +240,11 @@ func (c *logCache) DeleteRange(min, max uint64) error {
 		c.clearLocked()
 	}
 	c.mu.Unlock()
-	return c.LogStore.DeleteRange(min, max)
+	if err := c.LogStore.DeleteRange(min, max); err != nil {
+		return err
+	}
+	c.sizes.remove(min, max)
+	return nil
 }
 
 // deadlineStore bounds how long an append may take. Raft sends heartbeats while an append hangs, so a leader with a

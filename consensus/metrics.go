@@ -29,7 +29,7 @@ const (
 )
 
 // newMetrics makes the metrics. status is called from register until unregister.
-func newMetrics(status func() Status) *metrics {
+func newMetrics(status func() Status, kept func() (bytes, entries uint64), bounds *Config) *metrics {
 	counter := func(name, help string) prometheus.CounterOpts {
 		return prometheus.CounterOpts{Namespace: namespace, Subsystem: subsystem, Name: name, Help: help}
 	}
@@ -67,6 +67,19 @@ func newMetrics(status func() Status) *metrics {
 			return time.Since(s.QuorumContact).Seconds()
 		}),
 		gauge("applied_index", "Index of the last entry that this node's state machine has taken.", func(s Status) float64 { return float64(s.AppliedIndex) }),
+	}
+	for name, of := range map[string]struct {
+		help  string
+		value func() uint64
+	}{
+		"log_bytes":         {"Bytes of the entries in this node's log.", func() uint64 { bytes, _ := kept(); return bytes }},
+		"log_entries":       {"Entries in this node's log.", func() uint64 { _, entries := kept(); return entries }},
+		"log_bytes_limit":   {"Bytes of entries that may stay in the log behind a snapshot.", func() uint64 { return bounds.TrailingBytes }},
+		"log_entries_limit": {"Entries that may stay in the log behind a snapshot.", func() uint64 { return bounds.TrailingLogs }},
+	} {
+		m.all = append(m.all, prometheus.NewGaugeFunc(
+			prometheus.GaugeOpts{Namespace: namespace, Subsystem: subsystem, Name: name, Help: of.help},
+			func() float64 { return float64(of.value()) }))
 	}
 	for _, outcome := range []string{outcomeRefused, outcomeUnknown} {
 		m.failures.WithLabelValues(outcome)
