@@ -100,6 +100,9 @@ func (n *Node) openCertificates(context.Context) error {
 	} else {
 		log.Info("without tls in the configuration this node is reached from this machine only, and everybody here may do everything")
 	}
+	if n.cfg.Witness() {
+		return nil // it has no gateway
+	}
 	if t := n.cfg.Gateway.TLS; t.Cert != "" {
 		c, err := pki.Open(pki.Files{Cert: t.Cert, Key: t.Key}, log)
 		if err != nil {
