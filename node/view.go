@@ -104,12 +104,12 @@ func (n *Node) InFlight(most int) []*pb.TransactionInFlight {
 // Lookup tells what the log, as far as this node has it, says of a transaction. Unlike the question of a client it settles
 // nothing: to look must not abort.
 func (n *Node) Lookup(ctx context.Context, gid txn.GID) (*pb.LookupResponse, error) {
-	i := n.current.Load()
-	if i == nil {
+	ledger := n.ledger()
+	if ledger == nil {
 		return nil, status.Error(codes.Unavailable, "the node is starting")
 	}
 	found := &pb.LookupResponse{Status: gateway.StatusInDoubt}
-	switch i.machine.Outcome(gid) {
+	switch ledger.Outcome(gid) {
 	case replication.Committed:
 		found.Status = gateway.StatusCommitted
 	case replication.Aborted:

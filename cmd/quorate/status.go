@@ -32,6 +32,9 @@ func statusCommand() *cobra.Command {
 					return err
 				}
 				s = newClusterStatus(resp)
+				if s.view, err = firstView(ctx, conn); err != nil {
+					return err
+				}
 				return a.write(cmd.OutOrStdout(), s, s.show)
 			})
 			if err == nil && check {
@@ -62,16 +65,6 @@ func (s clusterStatus) check() error {
 		}
 	}
 	return nil
-}
-
-// answers counts the members that do.
-func (s clusterStatus) answers() (n int) {
-	for _, m := range s.Members {
-		if m.State != "no contact" {
-			n++
-		}
-	}
-	return n
 }
 
 // quorum reports whether the asked node is in contact with a majority.
@@ -108,6 +101,8 @@ type clusterStatus struct {
 	CommitIndex uint64         `json:"commit_index"`
 	CSN         uint64         `json:"csn"`
 	Members     []memberStatus `json:"members"`
+
+	view *pb.View // who votes, and is heard
 }
 
 type memberStatus struct {
@@ -169,7 +164,7 @@ func roleName(r pb.Role) string {
 
 // show puts it on one screen.
 func (s clusterStatus) show(to *screen) {
-	to.line(cell{text: "cluster " + s.Cluster, style: bold}, text(", "), quorumCell(s.quorum(), s.answers(), len(s.Members)), text(", "), leaderCell(s.Leader),
+	to.line(cell{text: "cluster " + s.Cluster, style: bold}, text(", "), quorumCell(s.quorum(), int(s.view.GetVotersHeard()), int(s.view.GetVoters())), text(", "), leaderCell(s.Leader),
 		text(fmt.Sprintf(", term %d; asked node %d", s.Term, s.Node)))
 	var rows [][]cell
 	for _, m := range s.Members {

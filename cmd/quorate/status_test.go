@@ -31,6 +31,7 @@ func TestStatusForms(t *testing.T) {
 				State: "no contact", Reason: "connection refused", LastContactMs: proto.Uint64(90_000)},
 		},
 	})
+	s.view = &pb.View{Voters: 3, VotersHeard: 2}
 	for name, o := range map[string]output{
 		"status.txt": {format: "table", color: "auto"}, "status.color.txt": {format: "table", color: "always"},
 		"status.json": {format: "json", color: "auto"}, "status.yaml": {format: "yaml", color: "auto"},
