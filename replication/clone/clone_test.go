@@ -325,15 +325,12 @@ func TestClone(t *testing.T) {
 			}
 			defer busy.Wait()
 			defer stop()
-			for range 2 {
-				target := r.target()
-				got, err := Receive(t.Context(), r.conn, target)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if rows := r.open(target, got, "SELECT count(*) FROM t WHERE filler IS NOT NULL"); rows[0][0] != "10010" {
-					t.Errorf("%s rows, want 10010", rows[0][0])
-				}
+			target = r.target()
+			if got, err = Receive(t.Context(), r.conn, target); err != nil {
+				t.Fatal(err)
+			}
+			if rows := r.open(target, got, "SELECT count(*) FROM t WHERE filler IS NOT NULL"); rows[0][0] != "10010" {
+				t.Errorf("%s rows, want 10010", rows[0][0])
 			}
 		})
 	}
@@ -540,7 +537,7 @@ func TestDamage(t *testing.T) {
 // TestInterrupted: a receiver or a donor that goes away in the middle, at any point, costs the other one nothing that lasts.
 func TestInterrupted(t *testing.T) {
 	r := newRig(t, 18)
-	for _, after := range []uint64{0, 1, 4 << 20, 15 << 20, 30 << 20, 38 << 20} {
+	for _, after := range []uint64{0, 1, 15 << 20, 38 << 20} {
 		target := r.target()
 		ctx, cancel := context.WithCancelCause(t.Context())
 		target.Progress = func(p Progress) {
@@ -557,7 +554,7 @@ func TestInterrupted(t *testing.T) {
 		}
 		r.idle()
 	}
-	for _, n := range []int{0, 1, 40, 120} {
+	for _, n := range []int{1, 60} {
 		conn := serve(t, func(s *grpc.Server) {
 			pb.RegisterRecoveryServer(s, &tamper{to: pb.NewRecoveryClient(r.conn), change: func(number int, c *pb.CloneChunk) ([]*pb.CloneChunk, error) {
 				if number == n {
