@@ -246,7 +246,10 @@ var stageMetrics = []struct{ metric, stage string }{
 	{"quorate_coord_commit_seconds", "whole commit"},
 }
 
-const abortsMetric = "quorate_gateway_aborts_total"
+const (
+	commitsMetric = "quorate_log_transactions_total"
+	abortsMetric  = "quorate_gateway_aborts_total"
+)
 
 // Counters implements dashboard.Source.
 func (s *shown) Counters() dashboard.Counters {
@@ -275,7 +278,7 @@ func (s *shown) Counters() dashboard.Counters {
 	}
 	for _, family := range families {
 		switch name := family.GetName(); name {
-		case "quorate_log_transactions_total":
+		case commitsMetric:
 			for _, m := range family.GetMetric() {
 				if label(m, "reason") == txn.AbortNone.String() {
 					c.Commits = uint64(m.GetCounter().GetValue())
