@@ -150,7 +150,13 @@ type remote[Req, Resp any] func(pb.MembershipClient, context.Context, Req, ...gr
 
 // atLeader does it here if this node leads, else it asks whoever does, and again while leadership changes.
 func atLeader[Req, Resp any](ctx context.Context, m *membership, req Req, there remote[Req, Resp], here func(context.Context) (Resp, error)) (resp Resp, err error) {
-	ctx, cancel := context.WithTimeout(ctx, changeTimeout)
+	// A little sooner than the caller gives up: he should hear why.
+	limit := changeTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline)*9/10)
+	}
+	asked := ctx
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
 		leader := m.a.cfg.Source.Status().Leader
@@ -174,7 +180,7 @@ func atLeader[Req, Resp any](ctx context.Context, m *membership, req Req, there 
 			}
 		}
 		if waiting := m.a.cfg.Membership.AwaitLeader(ctx); waiting != nil {
-			return resp, toStatus(ctx, err)
+			return resp, toStatus(asked, err)
 		}
 	}
 }

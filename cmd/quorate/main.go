@@ -93,6 +93,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		promoteCommand(),
 		demoteCommand(),
 		resyncCommand(),
+		recoverCommand(),
 		certCommand(),
 		httpTokenCommand(),
 		tokenCommand(),

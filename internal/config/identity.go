@@ -22,6 +22,8 @@ const (
 	StateApplying = "applying"
 	// StateJoining: it has been admitted, and is not yet a member whose data are its own.
 	StateJoining = "joining"
+	// StateRecovering: it is being made a cluster of its own, and must not run before it is.
+	StateRecovering = "recovering"
 	// StateRemoved: it belonged to the cluster and never will again. It takes no clients.
 	StateRemoved = "removed"
 )
@@ -78,7 +80,7 @@ func ReadIdentity(dir string) (Identity, error) {
 	if i.State == "" {
 		i.State = StateMember
 	}
-	if !slices.Contains([]string{StateMember, StateApplying, StateJoining, StateRemoved}, i.State) {
+	if !slices.Contains([]string{StateMember, StateApplying, StateJoining, StateRecovering, StateRemoved}, i.State) {
 		return i, fmt.Errorf("read identity of data directory: %s has the state %q, which this version of Quorate does not know", name, i.State)
 	}
 	return i, nil
@@ -128,6 +130,9 @@ func (c *Config) ClaimDataDir() (Identity, error) {
 	}
 	if have.Request.IsZero() && c.Node != 0 && have.Node != c.Node { // one that has joined anew has another id than its list says
 		return have, fmt.Errorf("data_dir %q belongs to node %s of cluster %q: node is %s", c.DataDir, have.Node, have.Cluster, c.Node)
+	}
+	if have.State == StateRecovering {
+		return have, fmt.Errorf("data_dir %q is being made a new cluster: complete it with \"quorate recover --force-new-cluster --config FILE\"", c.DataDir)
 	}
 	if c.Node = have.Node; have.ClusterID.IsZero() && have.State != StateApplying { // from before clusters had ids
 		if len(c.Members) == 0 {

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -281,6 +282,110 @@ func TestWitness(t *testing.T) {
 	out, err := c.Change(ctx, "remove", 2, 3)
 	if err == nil || !strings.Contains(err.Error()+out, "only member with data") {
 		t.Errorf("the last data was removed: %s, %v", out, err)
+	}
+}
+
+// TestForceNewCluster: the only survivor of three goes on alone, with everything that was acknowledged while it lived; the
+// others stay out of the new cluster, and new nodes join it.
+func TestForceNewCluster(t *testing.T) {
+	c, ctx := grown(t, 4, 3*time.Minute)
+	for place := 2; place <= 3; place++ {
+		check(t, c.Join(place, 1))
+		check(t, c.AwaitState(ctx, place, "active"))
+	}
+	conn, err := c.Connect(ctx, 1)
+	check(t, err)
+	must(t, ctx, conn, "CREATE TABLE kept (n int PRIMARY KEY)")
+	check(t, conn.Close(ctx))
+	writeAt(t, ctx, c, 2, 1)
+	check(t, c.KillNode(ctx, 1))
+	check(t, c.KillNode(ctx, 2))
+
+	args := []string{"recover", "--config", c.Config(3)}
+	if out, err := c.Command(ctx, append(args, "--force-new-cluster")...); err == nil {
+		t.Errorf("a node that runs was made a cluster of its own: %s", out)
+	}
+	check(t, c.StopNode(3))
+	if out, err := c.Command(ctx, args...); err == nil || !strings.Contains(err.Error()+out, "are lost") {
+		t.Errorf("without the flag: %s, %v", out, err)
+	}
+	out, err := c.Command(ctx, append(args, "--force-new-cluster")...)
+	check(t, err)
+	if !strings.Contains(out, "is lost") {
+		t.Errorf("it does not say what is lost: %s", out)
+	}
+	check(t, c.StartNode(3))
+	writeAt(t, ctx, c, 3, 2)
+
+	// The others come back, and are two of three: of the cluster that was.
+	check(t, c.StartNode(1))
+	check(t, c.StartNode(2))
+	writeAt(t, ctx, c, 1, 100)
+	check(t, c.Join(4, 3))
+	check(t, c.AwaitState(ctx, 4, "active"))
+	writeAt(t, ctx, c, 4, 3)
+	for place, want := range map[int]string{3: "{1,2,3}", 4: "{1,2,3}", 1: "{1,100}"} {
+		conn, err := c.Connect(ctx, place)
+		check(t, err)
+		awaitQuery(t, ctx, conn, fmt.Sprintf("SELECT array_agg(n ORDER BY n)::text = '%s' FROM kept", want))
+		check(t, conn.Close(ctx))
+	}
+	if _, members, err := c.Members(ctx, 3); err != nil || len(members) != 2 {
+		t.Errorf("members of the new cluster: %+v, %v", members, err)
+	}
+}
+
+// TestSetBack: a node whose PostgreSQL comes from a backup does not go on as if nothing had been. It says what is wrong, and
+// gets its data anew when it is told to.
+func TestSetBack(t *testing.T) {
+	c, ctx := grown(t, 2, 2*time.Minute)
+	check(t, c.Join(2, 1))
+	check(t, c.AwaitState(ctx, 2, "active"))
+	conn, err := c.Connect(ctx, 1)
+	check(t, err)
+	must(t, ctx, conn, "CREATE TABLE kept (n int PRIMARY KEY)")
+	check(t, conn.Close(ctx))
+	before, err := c.ID(ctx, 2)
+	check(t, err)
+
+	data := filepath.Join(c.NodeDir(2), "pgdata")
+	check(t, c.StopNode(2))
+	check(t, os.CopyFS(data+".backup", os.DirFS(data)))
+	check(t, c.StartNode(2))
+	writeAt(t, ctx, c, 2, 1)
+	check(t, c.StopNode(2))
+	check(t, errors.Join(os.RemoveAll(data), os.Rename(data+".backup", data), os.Chmod(data, 0o700)))
+	check(t, c.StartNode(2))
+	check(t, c.AwaitState(ctx, 2, "failed"))
+	self, members, err := c.Members(ctx, 2)
+	check(t, err)
+	at := slices.IndexFunc(members, func(m cluster.NodeStatus) bool { return m.ID == self })
+	if reason := members[at].Reason; !strings.Contains(reason, "set back") || !strings.Contains(reason, "quorate resync") {
+		t.Errorf("it says %q", reason)
+	}
+	writeAt(t, ctx, c, 1, 2) // it votes on
+
+	if _, err := c.Change(ctx, "resync", 2, 1); err != nil {
+		t.Fatal(err)
+	}
+	for id := before; id == before; { // until it is another
+		id, err = c.ID(ctx, 2)
+		if err != nil {
+			id = before
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("it is node %d still: %v", id, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	check(t, c.AwaitState(ctx, 2, "active"))
+	writeAt(t, ctx, c, 2, 3)
+	if v, err := c.VerifyOnline(ctx, 1); err != nil || len(v.Members) != 2 || len(v.Differing) > 0 {
+		t.Errorf("verify: %+v, %v", v, err)
+	}
+	if left, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*")); err != nil || len(left) != 1 {
+		t.Errorf("logs left: %v, %v", left, err)
 	}
 }
 
