@@ -87,10 +87,10 @@ func (w *writers) mayLeave(place int) bool {
 	return w.leaving[place]
 }
 
-func (w *writers) leave(place int) {
+func (w *writers) setLeaving(place int, leaving bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.leaving[place] = true
+	w.leaving[place] = leaving
 }
 
 func (w *writers) count(place int) int {
@@ -207,10 +207,10 @@ func (w *writers) joined(ctx context.Context, places ...int) {
 	}
 }
 
-// replaced lets the node at a place leave, while its clients work.
+// left lets the node at a place leave, while its clients work.
 func (w *writers) left(ctx context.Context, place, by int) {
 	w.t.Helper()
-	w.leave(place)
+	w.setLeaving(place, true)
 	_, err := w.c.Change(ctx, "leave", place, by)
 	check(w.t, err)
 	check(w.t, w.c.AwaitState(ctx, place, "removed"))
@@ -255,6 +255,42 @@ func TestGrowAndShrink(t *testing.T) {
 	w.left(ctx, 4, 5)
 	w.left(ctx, 5, 6)
 	w.end(ctx, 6, 7, 8)
+}
+
+// TestRollingRestart: every node is drained, restarted and used again, while clients write on all of them. None of them sees
+// more than the end of its session between two transactions.
+func TestRollingRestart(t *testing.T) {
+	c, ctx := grown(t, 3, 3*time.Minute)
+	w := newWriters(t, ctx, c)
+	defer w.stop()
+	w.begin(ctx, 1, 2)
+	check(t, c.Join(2, 1))
+	check(t, c.Join(3, 1))
+	w.joined(ctx, 2, 3)
+	for place := 1; place <= 3; place++ {
+		w.setLeaving(place, true)
+		out, err := c.Change(ctx, "drain", place, 1+place%3)
+		check(t, err)
+		if strings.Contains(out, "cut off") {
+			t.Errorf("drain of the node at %d: %s", place, out)
+		}
+		if conn, err := c.Connect(ctx, place); err == nil {
+			t.Errorf("a drained node takes clients")
+			_ = conn.Close(ctx) // the test has failed
+		}
+		// It can be taken back.
+		_, err = c.Change(ctx, "resume", place, 1+place%3)
+		check(t, err)
+		check(t, c.AwaitState(ctx, place, "active"))
+		_, err = c.Change(ctx, "drain", place, 1+place%3)
+		check(t, err)
+		check(t, c.StopNode(place))
+		check(t, c.StartNode(place))
+		check(t, c.AwaitState(ctx, place, "active"))
+		w.setLeaving(place, false)
+		w.begin(ctx, place, 2)
+	}
+	w.end(ctx, 1, 2, 3)
 }
 
 // TestWitness: two nodes with data and a witness survive the loss of either.
