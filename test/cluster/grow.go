@@ -11,9 +11,9 @@ import (
 	"strings"
 )
 
-// Found makes a cluster of one node, with "quorate init", at the first of o.Nodes places. Join fills the others. Unlike in
-// the clusters that Start makes, the place of a node is not its id, which the cluster gives out.
-func Found(ctx context.Context, o Options) (*Cluster, error) {
+// Prepare returns a cluster of o.Nodes places, each with a configuration for a node, and no node yet. Unlike in the clusters
+// that Start makes, the place of a node is not its id, which the cluster gives out.
+func Prepare(o Options) (*Cluster, error) {
 	root, err := TempDir(o.Under)
 	if err != nil {
 		return nil, err
@@ -26,10 +26,21 @@ func Found(ctx context.Context, o Options) (*Cluster, error) {
 		Dir: filepath.Join(root, "cluster"), Nodes: o.Nodes,
 		options: o, root: root, base: base, singles: map[int]*process{},
 	}
-	err = c.place(1, false)
-	if err == nil {
-		_, err = c.Command(ctx, "init", "--config", c.Config(1))
+	for i := 1; i <= o.Nodes; i++ {
+		if err := c.place(i, false); err != nil {
+			return nil, errors.Join(err, c.Destroy())
+		}
 	}
+	return c, nil
+}
+
+// Found makes a cluster of one node, with "quorate init", at the first of o.Nodes places. Join fills the others.
+func Found(ctx context.Context, o Options) (*Cluster, error) {
+	c, err := Prepare(o)
+	if err != nil {
+		return nil, err
+	}
+	_, err = c.Command(ctx, "init", "--config", c.Config(1))
 	if err == nil {
 		err = c.StartNode(1)
 	}
@@ -59,15 +70,7 @@ func (c *Cluster) place(i int, witness bool) error {
 }
 
 // Join starts a node at a place that has none, with "quorate join" by way of another, and returns at once.
-func (c *Cluster) Join(i, by int) error { return c.join(i, by, false) }
-
-// JoinWitness is Join of a node without PostgreSQL.
-func (c *Cluster) JoinWitness(i, by int) error { return c.join(i, by, true) }
-
-func (c *Cluster) join(i, by int, witness bool) error {
-	if err := c.place(i, witness); err != nil {
-		return err
-	}
+func (c *Cluster) Join(i, by int) error {
 	p, err := startProcess(startHere, filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i)), c.options.Binary, "join", "--config", c.Config(i), "--peer", c.GRPC(by))
 	if err != nil {
 		return fmt.Errorf("join node at %d: %w", i, err)
@@ -76,15 +79,20 @@ func (c *Cluster) join(i, by int, witness bool) error {
 	return nil
 }
 
+// JoinWitness is Join of a node without PostgreSQL.
+func (c *Cluster) JoinWitness(i, by int) error {
+	if err := c.place(i, true); err != nil {
+		return err
+	}
+	return c.Join(i, by)
+}
+
 // StopNode ends the node at a place, as a user would.
 func (c *Cluster) StopNode(i int) error {
 	p := c.singles[i]
 	delete(c.singles, i)
 	return p.stop(fmt.Sprintf("node at %d", i))
 }
-
-// Forget removes what is left of the node at a place, which must have ended.
-func (c *Cluster) Forget(i int) error { return os.RemoveAll(c.NodeDir(i)) }
 
 // NodeStatus is what a node says of itself or of another.
 type NodeStatus struct {
