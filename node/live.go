@@ -79,11 +79,10 @@ func (n *Node) accompany(ctx context.Context, i *incarnation) error {
 		err = n.becomeMember(i.ctx)
 	}
 	if err == nil {
-		n.operational()
 		n.log.Info("the node accepts writes", logkey.CSN, i.pipeline.Applied(), logkey.Duration, time.Since(began))
 		n.forgetSetAside()
 		for i.ctx.Err() == nil {
-			n.states.set(stateActive, "")
+			n.operational()
 			if i.keepUp(i.ctx); i.ctx.Err() == nil {
 				i.retire(i.ctx)
 			}
