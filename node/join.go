@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/quorate/quorate/admin"
@@ -52,26 +53,14 @@ func (n *Node) apply(ctx context.Context) error {
 	if id.State != config.StateApplying {
 		return nil
 	}
-	postgres := ""
-	if !n.cfg.Witness() {
-		if !n.cfg.Postgres.Managed {
-			return errors.New("postgres.managed is false: a node that joins copies another's PostgreSQL, which it can do for a server only that it starts and stops itself")
-		}
-		install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: n.cfg.Postgres.BinDir})
-		if err != nil {
-			return err
-		}
-		postgres = install.Version.String()
-	}
-	self := n.cfg.Self()
-	req := &pb.AddRequest{
-		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, Token: id.Token,
-		RaftAddress: self.Raft, GrpcAddress: self.GRPC, HttpAddress: self.HTTP, GatewayAddress: self.Gateway,
-		Version: n.version, PostgresVersion: postgres,
+	req, err := n.application(ctx, id)
+	if err != nil {
+		return err
 	}
 	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
 		resp, err := n.askToAdd(ctx, id.Peers, req)
 		if err == nil {
+			n.cfg.Node = txn.NodeID(resp.Node)
 			return n.admitted(resp)
 		}
 		if refused(err) && id.Replaces == 0 {
@@ -82,6 +71,27 @@ func (n *Node) apply(ctx context.Context) error {
 			return fmt.Errorf("join cluster %s: %w", n.cfg.Cluster, err)
 		}
 	}
+}
+
+// application is what a node asks by.
+func (n *Node) application(ctx context.Context, id config.Identity) (*pb.AddRequest, error) {
+	postgres := ""
+	if !n.cfg.Witness() {
+		if !n.cfg.Postgres.Managed {
+			return nil, admin.Refuse(codes.FailedPrecondition, "postgres.managed is false: a node that joins copies another's PostgreSQL, which it can do for a server only that it starts and stops itself")
+		}
+		install, err := pgserver.Find(ctx, pgserver.FindOptions{BinDir: n.cfg.Postgres.BinDir})
+		if err != nil {
+			return nil, err
+		}
+		postgres = install.Version.String()
+	}
+	self := n.cfg.Self()
+	return &pb.AddRequest{
+		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, Token: id.Token,
+		RaftAddress: self.Raft, GrpcAddress: self.GRPC, HttpAddress: self.HTTP, GatewayAddress: self.Gateway,
+		Version: n.version, PostgresVersion: postgres,
+	}, nil
 }
 
 // refused reports whether asking again would get the same answer.
@@ -129,17 +139,15 @@ func (n *Node) addAt(ctx context.Context, address string, req *pb.AddRequest) (*
 	return pb.NewMembershipClient(conn).Add(ctx, req)
 }
 
-// admitted makes the node what it was admitted as.
+// admitted makes the data directory that of what the node was admitted as.
 func (n *Node) admitted(resp *pb.AddResponse) error {
 	if len(resp.ClusterId) != len(txn.UUID{}) || resp.Node == 0 || resp.Cluster != n.cfg.Cluster {
 		return fmt.Errorf("join cluster %s: the answer is no admission: node %d of cluster %q", n.cfg.Cluster, resp.Node, resp.Cluster)
 	}
-	err := n.identity.change(func(id *config.Identity) {
+	return n.identity.change(func(id *config.Identity) {
 		id.State, id.Node, id.ClusterID = config.StateJoining, txn.NodeID(resp.Node), txn.UUID(resp.ClusterId)
 		id.Peers, id.Token, id.Server, id.Started = resp.Peers, "", config.Server{}, false
 	})
-	n.cfg.Node = txn.NodeID(resp.Node)
-	return err
 }
 
 // join gives a node that was admitted its data, and begins its first incarnation. It goes on where an earlier attempt was
@@ -243,13 +251,21 @@ func (n *Node) forgetOldLogs() {
 	}
 }
 
-// Resync implements admin.Membership: the node gives up its data, and joins the cluster anew in its own place.
-func (n *Node) Resync(context.Context) error { return n.rejoin("an operator has asked for it") }
+// Resync implements admin.Membership: the node gives up its data, and joins the cluster anew in its own place. It does so when
+// the call that ctx belongs to is over: with the node its answer would end.
+func (n *Node) Resync(ctx context.Context) error {
+	err := n.rejoin(ctx, "an operator has asked for it")
+	if err == nil {
+		context.AfterFunc(ctx, func() { n.cancel(ErrReopen) })
+	}
+	return err
+}
 
-// rejoin makes the node join the cluster anew, as soon as it is opened again.
-func (n *Node) rejoin(reason string) error {
-	if n.cfg.Witness() || !n.cfg.Postgres.Managed {
-		return admin.Refuse(codes.FailedPrecondition, "node %s has no PostgreSQL of its own that it could exchange; remove the node, and join a new one", n.cfg.Node)
+// rejoin has the cluster admit this node anew in its own place; when it is opened again, it joins as that. It asks while it
+// votes yet: of two members, one could not be replaced by the other after it has stopped.
+func (n *Node) rejoin(ctx context.Context, reason string) error {
+	if n.cfg.Witness() {
+		return admin.Refuse(codes.FailedPrecondition, "node %s has no data that it could get anew", n.cfg.Node)
 	}
 	var peers []string
 	for _, m := range n.members() {
@@ -260,25 +276,42 @@ func (n *Node) rejoin(reason string) error {
 	if len(peers) == 0 {
 		return admin.Refuse(codes.FailedPrecondition, "node %s is the only member: there is nobody to copy the data from", n.cfg.Node)
 	}
-	if state := n.identity.get().State; state != config.StateMember {
-		return admin.Refuse(codes.FailedPrecondition, "node %s is %s already, or cannot come back", n.cfg.Node, state)
+	n.rejoining.Lock()
+	defer n.rejoining.Unlock()
+	was := n.identity.get()
+	if was.State != config.StateMember {
+		return admin.Refuse(codes.FailedPrecondition, "node %s is %s already", n.cfg.Node, was.State)
 	}
-	n.log.Warn("this node joins the cluster anew, and sets its data aside", logkey.Reason, reason)
-	n.event(events.Warning, eventState, n.cfg.Node, fmt.Sprintf("node %s joins the cluster anew: %s", n.cfg.Node, reason))
-	err := n.identity.change(func(id *config.Identity) {
-		id.State, id.Request, id.Replaces, id.Peers = config.StateApplying, txn.NewUUID(), n.cfg.Node, peers
-	})
+	applying := was
+	applying.State, applying.Request, applying.Replaces, applying.Peers = config.StateApplying, txn.NewUUID(), n.cfg.Node, peers
+	req, err := n.application(ctx, applying)
 	if err != nil {
 		return err
 	}
+	// If this process dies before it hears the answer, it asks by the same request when it is started again.
+	if err := n.identity.change(func(id *config.Identity) { *id = applying }); err != nil {
+		return err
+	}
+	own := metadata.NewIncomingContext(ctx, metadata.MD{}) // a call of this node's own, not a forwarded one
+	resp, err := n.askMembership().Add(own, req)
+	if err == nil {
+		err = n.admitted(resp)
+	}
+	if err != nil {
+		if n.membership().Removed(n.cfg.Node) {
+			return err // it was admitted, and asks again when it is started
+		}
+		return errors.Join(err, n.identity.change(func(id *config.Identity) { *id = was }))
+	}
+	n.log.Warn("this node joins the cluster anew, and sets its data aside", logkey.Reason, reason)
+	n.event(events.Warning, eventState, n.cfg.Node, fmt.Sprintf("node %s joins the cluster anew: %s", n.cfg.Node, reason))
 	n.states.set(stateFailed, "the node joins the cluster anew: "+reason)
-	n.cancel(ErrReopen)
 	return nil
 }
 
 // wasRemoved fences the node for good. A joining node may have been removed as well.
 func (n *Node) wasRemoved(reason string) {
-	if n.identity.get().State == config.StateApplying {
+	if id := n.identity.get(); id.State == config.StateApplying || id.Node != n.cfg.Node {
 		return // as which it was removed: it comes back as another one
 	}
 	err := n.identity.change(func(id *config.Identity) { id.State, id.Reason = config.StateRemoved, reason })
@@ -351,9 +384,22 @@ func (n *Node) othersSayRemoved(ctx context.Context) bool {
 
 // behind is what becomes of a node that the log has left behind: unattended, it joins the cluster anew.
 func (n *Node) behind(err error) {
-	if rejoining := n.rejoin(err.Error()); rejoining != nil {
-		n.fence(fmt.Errorf("%w; %w", err, rejoining))
-	}
+	n.fence(err)
+	n.alongside(func(ctx context.Context) error {
+		for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
+			asking, cancel := context.WithTimeout(ctx, askTimeout)
+			rejoining := n.rejoin(asking, err.Error())
+			cancel()
+			if rejoining == nil {
+				n.cancel(ErrReopen)
+				return nil
+			}
+			n.log.Warn("the node cannot join the cluster anew yet", logkey.Error, rejoining)
+			if sleep(ctx, pause) != nil {
+				return nil
+			}
+		}
+	})
 }
 
 var _ consensus.Machine = (*observer)(nil)
