@@ -103,7 +103,9 @@ func (n *memberNode) Remove(_ context.Context, id txn.NodeID, force bool, reason
 	return n.asLeader("remove %s %v %s", id, force, reason)
 }
 
-func (n *memberNode) Promote(_ context.Context, id txn.NodeID) error { return n.asLeader("promote %s", id) }
+func (n *memberNode) Promote(_ context.Context, id txn.NodeID) error {
+	return n.asLeader("promote %s", id)
+}
 
 func (n *memberNode) Demote(_ context.Context, id txn.NodeID, force bool) error {
 	return n.asLeader("demote %s %v", id, force)
