@@ -219,18 +219,19 @@
     }
     const old = stale();
     if (old) document.body.dataset.stale = ""; else delete document.body.dataset.stale;
-    let kind = "live", says = `Live from node ${c.node}, ${clock(state.at)}`;
+    let kind = "live", since = "", says = `Live from node ${c.node}, ${clock(state.at)}`;
     if (old) {
       kind = "stale";
       says = `Stale: no news from node ${c.node} for ${Math.floor(silent())} s. This is how it was at ${clock(state.at)}.` +
         (state.connected ? "" : " Reconnecting…");
     } else if (v.level === "no-quorum") {
       kind = "bad";
-      says = `Node ${c.node} has no quorum: ${{ "read-only": "clients can read here, not write", none: "clients are refused here" }[c.access] ?? "clients cannot commit here"}.` +
-        (known(c.quorumAge) ? ` It last heard from a majority ${seconds(c.quorumAge)} ago.` : "");
+      says = `Node ${c.node} has no quorum: ${{ "read-only": "clients can read here, not write", none: "clients are refused here" }[c.access] ?? "clients cannot commit here"}.`;
+      if (known(c.quorumAge)) since = `It last heard from a majority ${seconds(c.quorumAge)} ago.`;
     }
     attr(strip, "data-mood", kind);
     text($("strip-text"), says);
+    text($("strip-since"), since);
     const level = old ? "stale" : v.level;
     const title = `${words[level]} · ${c.name} · Quorate`;
     if (document.title !== title) document.title = title;
