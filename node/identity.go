@@ -4,7 +4,6 @@ import (
 	"sync"
 
 	"github.com/quorate/quorate/internal/config"
-	"github.com/quorate/quorate/txn"
 )
 
 // identity is what the data directory remembers, kept in step with what becomes of the node.
@@ -35,5 +34,3 @@ func (i *identity) change(f func(*config.Identity)) error {
 }
 
 func (i *identity) joining() bool { return i.get().State == config.StateJoining }
-
-func (i *identity) clusterID() txn.UUID { return i.get().ClusterID }

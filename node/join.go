@@ -256,10 +256,13 @@ func (n *Node) forgetOldLogs() {
 func (n *Node) Resync(ctx context.Context) error {
 	err := n.rejoin(ctx, "an operator has asked for it")
 	if err == nil {
-		context.AfterFunc(ctx, func() { n.cancel(ErrReopen) })
+		context.AfterFunc(ctx, func() { time.AfterFunc(answerTime, func() { n.cancel(ErrReopen) }) })
 	}
 	return err
 }
+
+// answerTime is for the answer to get out. gRPC does not say when it has.
+const answerTime = 200 * time.Millisecond
 
 // rejoin has the cluster admit this node anew in its own place; when it is opened again, it joins as that. It asks while it
 // votes yet: of two members, one could not be replaced by the other after it has stopped.
