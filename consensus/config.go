@@ -76,11 +76,11 @@ type Config struct {
 	SnapshotInterval  time.Duration
 	SnapshotThreshold uint64
 	// TrailingLogs is how many entries stay in the log behind a snapshot, so that a member that was away can follow.
-	// One that is further behind must be cloned. Default 10240.
+	// One that is further behind must be cloned. Default 1048576: bytes are what bounds it.
 	TrailingLogs uint64
 	// SnapshotBytes and TrailingBytes bound the same in bytes of entries: a snapshot is taken when so many have come since
 	// the last one, and behind one no more than so many stay, even if they are fewer entries than TrailingLogs. Defaults
-	// 256 MiB each. On disk it is up to a file more, 64 MiB with LogStoreWAL. What the machine has not taken yet
+	// 256 MiB and 512 MiB. On disk it is up to a file more, 64 MiB with LogStoreWAL. What the machine has not taken yet
 	// always stays.
 	SnapshotBytes uint64
 	TrailingBytes uint64
@@ -113,9 +113,9 @@ func (c *Config) setDefaults() {
 	c.VerifyInterval = orDefault(c.VerifyInterval, 10*time.Second)
 	c.SnapshotInterval = orDefault(c.SnapshotInterval, time.Minute)
 	c.SnapshotThreshold = orDefault(c.SnapshotThreshold, 16384)
-	c.TrailingLogs = orDefault(c.TrailingLogs, 10240)
+	c.TrailingLogs = orDefault(c.TrailingLogs, 1<<20)
 	c.SnapshotBytes = orDefault(c.SnapshotBytes, 256<<20)
-	c.TrailingBytes = orDefault(c.TrailingBytes, 256<<20)
+	c.TrailingBytes = orDefault(c.TrailingBytes, 512<<20)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

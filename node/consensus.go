@@ -105,6 +105,10 @@ func (n *Node) openConsensus(context.Context) error {
 		ClusterID:   id.ClusterID,
 		RaftAddress: n.cfg.Listen.Raft,
 		Bootstrap:   n.founders(id),
+
+		SnapshotBytes: uint64(n.cfg.Limits.Log) / 2,
+		TrailingBytes: uint64(n.cfg.Limits.Log),
+
 		DialOptions: n.dialOptions(),
 		Logger:      n.log.With(logkey.Component, "consensus"),
 		Registerer:  n.metrics,

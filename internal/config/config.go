@@ -151,6 +151,10 @@ type Limits struct {
 	// Defaults 4096 and 64MiB; at least 1 and 1MiB.
 	ApplyTransactions int  `yaml:"apply_transactions,omitempty"`
 	ApplyMemory       Size `yaml:"apply_memory,omitempty"`
+	// Log is how much of the Raft log is kept, beyond what is needed here, for members that are away. One that has been away
+	// for more than this is cloned. Default 512MiB, at least 1MiB. On disk it may be a file more, 64 MiB, and as much as has
+	// come since the last snapshot, which is taken when that is half of it.
+	Log Size `yaml:"log,omitempty"`
 	// Lag is how many transactions an active member may be behind before commits on this node are slowed, by up to a quarter
 	// of a second each; at twice as many they wait. Default 8192, at least 16.
 	Lag int `yaml:"lag,omitempty"`

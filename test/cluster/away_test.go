@@ -1,0 +1,69 @@
+package cluster_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"testing"
+
+	"github.com/quorate/quorate/test/cluster"
+)
+
+// TestAwayForTooLong: when a node comes back, the others' logs do not reach back to where its own ends. It joins anew by
+// itself, with a copy of another's data.
+func TestAwayForTooLong(t *testing.T) {
+	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
+	check(t, c.Stop())
+	for i := 1; i <= c.Nodes; i++ {
+		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+		check(t, err)
+		_, err = f.WriteString("\nlimits: {log: 1MiB}\n")
+		check(t, err)
+		check(t, f.Close())
+	}
+	check(t, c.Resume(ctx))
+	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")
+	_, away := leaderOf(t, ctx, c)
+	check(t, c.KillNode(ctx, away))
+	stays := others(c, away)
+
+	// The log is truncated by whole files of 64 MiB.
+	conn := gateway(t, ctx, c, stays[0])
+	for i := range 20 {
+		must(t, ctx, conn, "INSERT INTO kept SELECT $1 * 100 + n, repeat(md5(n::text), 32768) FROM generate_series(1, 4) n", i)
+	}
+	eventually(t, ctx, func() error {
+		for _, i := range stays {
+			bytes, err := strconv.ParseFloat(metric(t, ctx, c, i, "quorate_consensus_log_bytes"), 64)
+			if err != nil || bytes > 8<<20 {
+				return fmt.Errorf("node %d keeps %.0f bytes of its log: %w", i, bytes, err)
+			}
+		}
+		return nil
+	})
+
+	check(t, c.StartNode(away))
+	eventually(t, ctx, func() error {
+		all, err := members(ctx, c, stays[0])
+		if err != nil {
+			return err
+		}
+		active := 0
+		for _, m := range all {
+			if m.State == "active" {
+				active++
+			}
+		}
+		if active != 3 || slices.ContainsFunc(all, func(m member) bool { return m.ID == away }) {
+			return fmt.Errorf("the members are %+v", all)
+		}
+		return nil
+	})
+	must(t, ctx, gateway(t, ctx, c, away), "INSERT INTO kept VALUES (-1, 'here again')")
+	if v, err := c.VerifyOnline(ctx, stays[0]); err != nil || len(v.Members) != 3 || len(v.Differing) > 0 {
+		t.Errorf("verify: %+v, %v", v, err)
+	}
+	check(t, c.Stop())
+}
