@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strconv"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
@@ -17,7 +20,8 @@ import (
 // A node's state is in two places, its data directory and its PostgreSQL, and each is worth nothing with another state of
 // the other: a server that was set back to a backup has lost transactions of which the log is forgotten, and would give
 // out transaction ids again by which the node recognises its own; a data directory that was set back has lost votes and
-// acknowledged entries. Both keep a generation, raised in every start, and a start compares them.
+// acknowledged entries. Both keep a generation, raised in every start, and a start compares them. And the data directory
+// knows how far PostgreSQL's WAL was on disk two seconds ago: what ends before that was set back within a generation.
 
 // errSetBack: one of the two is not what it was.
 var errSetBack = fmt.Errorf("the node must get its data anew: \"quorate resync\" does that: %w", txn.ErrDiverged)
@@ -51,6 +55,9 @@ func (n *Node) nextGeneration(ctx context.Context, conn *pgconn.PgConn) (uint64,
 	if err := compareServer(known, found); err != nil {
 		return 0, err
 	}
+	if err := n.compareFlushed(known, found); err != nil {
+		return 0, err
+	}
 	next := max(found.Generation, known.Generation) + 1
 	return next, n.identity.change(func(id *config.Identity) {
 		id.Server = config.Server{SystemIdentifier: found.SystemIdentifier, Generation: found.Generation, Next: next}
@@ -60,6 +67,41 @@ func (n *Node) nextGeneration(ctx context.Context, conn *pgconn.PgConn) (uint64,
 // generationBegun notes that PostgreSQL has it.
 func (n *Node) generationBegun(generation uint64) error {
 	return n.identity.change(func(id *config.Identity) { id.Server.Generation, id.Server.Next = generation, 0 })
+}
+
+// flushedFile says how far the WAL of PostgreSQL was on disk when that was last looked at. It is not flushed itself: an
+// older value, or none, finds less, and nothing that is not so.
+const flushedFile = "flushed_lsn"
+
+func (n *Node) compareFlushed(known config.Server, found pg.Mark) error {
+	name := filepath.Join(n.cfg.DataDir, flushedFile)
+	if known.IsZero() { // it is another server's
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("forget how far the WAL was: %w", err)
+		}
+		return nil
+	}
+	text, err := os.ReadFile(name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read how far the WAL was: %w", err)
+	}
+	if was, err := strconv.ParseUint(string(text), 16, 64); err == nil && uint64(found.Flushed) < was {
+		return fmt.Errorf("PostgreSQL was set back: its WAL ends at %s, and was on disk up to %s: %w", found.Flushed, txn.LSN(was), errSetBack)
+	}
+	return nil
+}
+
+// noteFlushed is called every few seconds. A failure costs no more than what the file is for, and a disk that is full is
+// noticed by whoever needs it.
+func (n *Node) noteFlushed(lsn txn.LSN) {
+	name := filepath.Join(n.cfg.DataDir, flushedFile)
+	err := os.WriteFile(name+".new", strconv.AppendUint(nil, uint64(lsn), 16), 0o600)
+	if err == nil {
+		err = os.Rename(name+".new", name)
+	}
+	if err != nil {
+		n.log.Debug("note how far the WAL is", logkey.Error, err)
+	}
 }
 
 // checkLog refuses to go on without the log: a node that voted could vote again, and one that was alone would found its

@@ -14,6 +14,7 @@ import (
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/txn"
 )
 
 // healthInterval is how often PostgreSQL and the disk are looked at, and healthTimeout how long PostgreSQL may take to
@@ -35,7 +36,8 @@ type serverHealth struct {
 // healthSQL is one row of text. It takes no lock and looks at shared memory only.
 const healthSQL = `SELECT current_setting('server_version'), count(*), current_setting('max_connections'),
  coalesce(greatest(0, extract(epoch FROM clock_timestamp() - min(xact_start))), 0),
- (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn))), 0)::bigint FROM pg_replication_slots)
+ (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn))), 0)::bigint FROM pg_replication_slots),
+ pg_current_wal_flush_lsn() - '0/0'
  FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()`
 
 // watchHealth asks PostgreSQL how it is, until ctx ends. That it does not answer is for others to act on.
@@ -79,17 +81,19 @@ func (i *incarnation) askHealth(ctx context.Context, conn **pgconn.PgConn) (err 
 	if err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
-	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 5 {
-		return errors.New("query health: not one row of five values")
+	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 6 {
+		return errors.New("query health: not one row of six values")
 	}
 	row := results[0].Rows[0]
 	connections, err1 := strconv.ParseUint(string(row[1]), 10, 32)
 	most, err2 := strconv.ParseUint(string(row[2]), 10, 32)
 	oldest, err3 := strconv.ParseFloat(string(row[3]), 64)
 	kept, err4 := strconv.ParseUint(string(row[4]), 10, 64)
-	if err := errors.Join(err1, err2, err3, err4); err != nil {
+	flushed, err5 := strconv.ParseUint(string(row[5]), 10, 64)
+	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
+	i.n.noteFlushed(txn.LSN(flushed))
 	i.n.seen.server.Store(&serverHealth{
 		at: time.Now(), version: string(row[0]), connections: uint32(connections), maxConnections: uint32(most),
 		oldest: oldest, walKept: kept,

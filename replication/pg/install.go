@@ -35,14 +35,24 @@ type Identity struct {
 // Mark is by what a database is known again.
 type Mark struct {
 	SystemIdentifier string
-	Generation       uint64 // of the last Install; 0: none
+	Generation       uint64  // of the last Install; 0: none
+	Flushed          txn.LSN // how far its WAL is on disk
 }
 
 // ReadMark returns the database's.
 func ReadMark(ctx context.Context, conn *pgconn.PgConn) (m Mark, err error) {
-	if err := scan(ctx, conn, `SELECT system_identifier::text FROM pg_catalog.pg_control_system()`, &m.SystemIdentifier); err != nil {
+	var flushed string
+	if err := errors.Join(
+		scan(ctx, conn, `SELECT system_identifier::text FROM pg_catalog.pg_control_system()`, &m.SystemIdentifier),
+		scan(ctx, conn, `SELECT (pg_catalog.pg_current_wal_flush_lsn() OPERATOR(pg_catalog.-) '0/0')::text`, &flushed),
+	); err != nil {
 		return m, err
 	}
+	lsn, err := strconv.ParseUint(flushed, 10, 64)
+	if err != nil {
+		return m, fmt.Errorf("read where the WAL ends: %w", err)
+	}
+	m.Flushed = txn.LSN(lsn)
 	var has string
 	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_catalog.pg_attribute
 		WHERE attrelid = to_regclass('quorate.identity') AND attname = 'generation' AND NOT attisdropped`, &has); err != nil || has == "0" {

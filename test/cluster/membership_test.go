@@ -10,8 +10,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -385,14 +387,52 @@ func TestSetBack(t *testing.T) {
 	check(t, err)
 	must(t, ctx, conn, "CREATE TABLE kept (n int PRIMARY KEY)")
 	check(t, conn.Close(ctx))
+	data := filepath.Join(c.NodeDir(2), "pgdata")
+	setBack(t, ctx, c, 1, func() {
+		check(t, c.StopNode(2))
+		check(t, exec.CommandContext(ctx, "cp", "-a", data, data+".backup").Run()) // with its owner
+		check(t, c.StartNode(2))
+		writeAt(t, ctx, c, 2, 1)
+	})
+	// A copy of a server that runs, put back before the next start.
+	setBack(t, ctx, c, 11, func() {
+		pid, err := c.PostmasterPID(2)
+		check(t, err)
+		processes, err := cluster.Tree(pid)
+		check(t, err)
+		signal := func(s syscall.Signal) {
+			for _, p := range processes {
+				_ = syscall.Kill(p.PID, s) // some may have ended
+			}
+		}
+		signal(syscall.SIGSTOP)
+		err = exec.CommandContext(ctx, "cp", "-a", data, data+".backup").Run()
+		signal(syscall.SIGCONT)
+		check(t, errors.Join(err, os.Remove(filepath.Join(data+".backup", "postmaster.pid"))))
+		conn := gateway(t, ctx, c, 2)
+		must(t, ctx, conn, "INSERT INTO kept SELECT n FROM generate_series(100, 5000) n") // more WAL than recovery writes
+		end := one[int64](t, ctx, direct(t, ctx, c, 2), "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint")
+		eventually(t, ctx, func() error {
+			text, err := os.ReadFile(filepath.Join(c.NodeDir(2), "flushed_lsn"))
+			if known, parsed := strconv.ParseInt(string(text), 16, 64); errors.Join(err, parsed) != nil || known < end {
+				return fmt.Errorf("the node knows of WAL up to %q of %x: %w", text, end, err)
+			}
+			return nil
+		})
+	})
+	if left, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*")); err != nil || len(left) != 1 {
+		t.Errorf("logs left: %v, %v", left, err)
+	}
+}
+
+// setBack has a copy made of the data of node 2, and puts it back later. The node finds that, votes on, and gets its data anew
+// when it is told to. The rows from number to number+2 are written.
+func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, backup func()) {
+	t.Helper()
 	before, err := c.ID(ctx, 2)
 	check(t, err)
-
 	data := filepath.Join(c.NodeDir(2), "pgdata")
-	check(t, c.StopNode(2))
-	check(t, exec.CommandContext(ctx, "cp", "-a", data, data+".backup").Run()) // with its owner
-	check(t, c.StartNode(2))
-	writeAt(t, ctx, c, 2, 1)
+	backup()
 	check(t, c.StopNode(2))
 	check(t, errors.Join(os.RemoveAll(data), os.Rename(data+".backup", data)))
 	check(t, c.StartNode(2))
@@ -403,7 +443,7 @@ func TestSetBack(t *testing.T) {
 	if reason := members[at].Reason; !strings.Contains(reason, "set back") || !strings.Contains(reason, "quorate resync") {
 		t.Errorf("it says %q", reason)
 	}
-	writeAt(t, ctx, c, 1, 2) // it votes on
+	writeAt(t, ctx, c, 1, number+1) // it votes on
 
 	if _, err := c.Change(ctx, "resync", 2, 1); err != nil {
 		t.Fatal(err)
@@ -420,12 +460,9 @@ func TestSetBack(t *testing.T) {
 		}
 	}
 	check(t, c.AwaitState(ctx, 2, "active"))
-	writeAt(t, ctx, c, 2, 3)
+	writeAt(t, ctx, c, 2, number+2)
 	if v, err := c.VerifyOnline(ctx, 1); err != nil || len(v.Members) != 2 || len(v.Differing) > 0 {
 		t.Errorf("verify: %+v, %v", v, err)
-	}
-	if left, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*")); err != nil || len(left) != 1 {
-		t.Errorf("logs left: %v, %v", left, err)
 	}
 }
 
