@@ -2,8 +2,6 @@ package cluster_test
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"testing"
@@ -15,15 +13,7 @@ import (
 // itself, with a copy of another's data.
 func TestAwayForTooLong(t *testing.T) {
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
-	check(t, c.Stop())
-	for i := 1; i <= c.Nodes; i++ {
-		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
-		check(t, err)
-		_, err = f.WriteString("\nlimits: {log: 1MiB}\n")
-		check(t, err)
-		check(t, f.Close())
-	}
-	check(t, c.Resume(ctx))
+	configure(t, ctx, c, "limits: {log: 1MiB}")
 	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")
 	_, away := leaderOf(t, ctx, c)
 	check(t, c.KillNode(ctx, away))

@@ -3,8 +3,6 @@ package cluster_test
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -28,15 +26,7 @@ const (
 // then is false, and nothing it said before was.
 func TestFencing(t *testing.T) {
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
-	check(t, c.Stop())
-	for i := 1; i <= c.Nodes; i++ {
-		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
-		check(t, err)
-		_, err = fmt.Fprintf(f, "\nmax_staleness: %v\ncommit_timeout: %v\n", maxStaleness, commitTimeout)
-		check(t, err)
-		check(t, f.Close())
-	}
-	check(t, c.Resume(ctx))
+	configure(t, ctx, c, fmt.Sprintf("max_staleness: %v\ncommit_timeout: %v", maxStaleness, commitTimeout))
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
 		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",

@@ -1,8 +1,6 @@
 package cluster_test
 
 import (
-	"os"
-	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -13,15 +11,7 @@ import (
 // active, which ends its clients' sessions, and is active again when it has caught up. Nothing is lost.
 func TestFlowControl(t *testing.T) {
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
-	check(t, c.Stop())
-	for i := 1; i <= c.Nodes; i++ {
-		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
-		check(t, err)
-		_, err = f.WriteString("\nlimits: {lag: 64, lag_patience: 1s}\n")
-		check(t, err)
-		check(t, f.Close())
-	}
-	check(t, c.Resume(ctx))
+	configure(t, ctx, c, "limits: {lag: 64, lag_patience: 1s}")
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
 		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -176,6 +177,19 @@ func private(t *testing.T, o cluster.Options) (*cluster.Cluster, context.Context
 	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
 	t.Cleanup(cancel)
 	return c, ctx
+}
+
+// configure adds to the configuration of all nodes, which are restarted for it.
+func configure(t *testing.T, ctx context.Context, c *cluster.Cluster, text string) {
+	t.Helper()
+	check(t, c.Stop())
+	for i := 1; i <= c.Nodes; i++ {
+		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+		check(t, err)
+		_, err = f.WriteString("\n" + text + "\n")
+		check(t, errors.Join(err, f.Close()))
+	}
+	check(t, c.Resume(ctx))
 }
 
 func check(t *testing.T, err error) {
