@@ -12,6 +12,7 @@ import (
 // TestAwayForTooLong: when a node comes back, the others' logs do not reach back to where its own ends. It joins anew by
 // itself, with a copy of another's data.
 func TestAwayForTooLong(t *testing.T) {
+	t.Parallel()
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
 	configure(t, ctx, c, "limits: {log: 1MiB}")
 	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -51,19 +52,27 @@ const (
 	raftPorts     = 400
 )
 
-// freeBasePort finds a base port whose whole block is free now. It stays below the range from which Linux takes
-// the ports of outgoing connections (32768 and up), so that none of ours is taken before the nodes listen.
-func freeBasePort(nodes int) (int, error) {
+// claimPorts finds a base port whose whole block is free now, and keeps it for the caller until claim is closed: listening
+// on the base itself, which no node does, keeps others from the ports of nodes that are down. It stays below the range from
+// which Linux takes ports for outgoing connections.
+func claimPorts(nodes int) (base int, claim io.Closer, err error) {
 	const low, high, step = 10000, 31000, 500
 	// Start at a place of this process's own: several tests may run side by side.
 	start := os.Getpid() % ((high - low) / step)
 	for i := range (high - low) / step {
 		base := low + (start+i)%((high-low)/step)*step
+		claim, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base))
+		if err != nil {
+			continue
+		}
 		if portsFree(base, nodes) {
-			return base, nil
+			return base, claim, nil
+		}
+		if err := claim.Close(); err != nil {
+			return 0, nil, fmt.Errorf("find free ports: %w", err)
 		}
 	}
-	return 0, fmt.Errorf("find free ports: none in %d to %d", low, high)
+	return 0, nil, fmt.Errorf("find free ports: none in %d to %d", low, high)
 }
 
 func portsFree(base, nodes int) bool {

@@ -57,6 +57,7 @@ type Cluster struct {
 	root    string // removed at the end; holds Dir and the output of the processes
 	base    int
 	demo    *process
+	ports   io.Closer        // keeps others from them
 	singles map[int]*process // nodes started by RunNode
 
 	attached []Endpoint // where the nodes are when they are not ours; see Attach
@@ -83,7 +84,7 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	base, err := freeBasePort(o.Nodes)
+	base, ports, err := claimPorts(o.Nodes)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(root))
 	}
@@ -92,7 +93,7 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	c := &Cluster{
 		Dir: filepath.Join(root, "demo"), Nodes: o.Nodes,
-		options: o, root: root, base: base, singles: map[int]*process{},
+		options: o, root: root, base: base, ports: ports, singles: map[int]*process{},
 	}
 	if err := c.Resume(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("start cluster: %w\n%s", err, c.Logs(60)), c.Destroy())
@@ -183,7 +184,9 @@ func (c *Cluster) Destroy() error {
 	for _, p := range c.singles {
 		<-p.done
 	}
-	return os.RemoveAll(c.root)
+	err := errors.Join(os.RemoveAll(c.root), c.ports.Close())
+	c.root = ""
+	return err
 }
 
 // KillNode kills the sidecar of node i with SIGKILL and waits until it is gone. What it started goes its own way.

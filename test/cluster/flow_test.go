@@ -10,6 +10,7 @@ import (
 // TestFlowControl freezes the PostgreSQL of one node. The others wait for it, but not for ever: the node gives up being
 // active, which ends its clients' sessions, and is active again when it has caught up. Nothing is lost.
 func TestFlowControl(t *testing.T) {
+	t.Parallel()
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
 	configure(t, ctx, c, "limits: {lag: 64, lag_patience: 1s}")
 	create(t, ctx, c,

@@ -18,13 +18,13 @@ func Prepare(o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	base, err := freeBasePort(o.Nodes)
+	base, ports, err := claimPorts(o.Nodes)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(root))
 	}
 	c := &Cluster{
 		Dir: filepath.Join(root, "cluster"), Nodes: o.Nodes,
-		options: o, root: root, base: base, singles: map[int]*process{},
+		options: o, root: root, base: base, ports: ports, singles: map[int]*process{},
 	}
 	for i := 1; i <= o.Nodes; i++ {
 		if err := c.place(i, false); err != nil {

@@ -33,11 +33,12 @@ const stacksVariable = "QUORATE_STACKS"
 // fixtures are what tests share: compiled commands, and one cluster for all tests that do not stop anything.
 var fixtures struct {
 	sync.Mutex
-	bin    string // directory of the commands
-	built  map[bool]string
-	shared *cluster.Cluster
-	broken error // why the shared cluster must not be used any more
-	starts int
+	building sync.Mutex // guards bin and built, alone
+	bin      string     // directory of the commands
+	built    map[bool]string
+	shared   *cluster.Cluster
+	broken   error // why the shared cluster must not be used any more
+	starts   int
 }
 
 func TestMain(m *testing.M) {
@@ -70,6 +71,8 @@ func dismantle() error {
 func command(t *testing.T, race bool) string {
 	t.Helper()
 	f := &fixtures
+	f.building.Lock()
+	defer f.building.Unlock()
 	if f.bin == "" {
 		dir, err := cluster.TempDir("")
 		check(t, err)
