@@ -56,6 +56,7 @@ type writers struct {
 
 	mu      sync.Mutex
 	leaving map[int]bool // places whose clients may be sent away
+	begun   map[int]int  // how often that has begun: a client may hear of it late
 	acked   map[string]bool
 	unknown map[string]bool
 	done    map[int]int // by place
@@ -71,7 +72,7 @@ func newWriters(t *testing.T, ctx context.Context, c *cluster.Cluster) *writers 
 	must(t, ctx, conn, "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL)")
 	must(t, ctx, conn, fmt.Sprintf("INSERT INTO account SELECT i, 1000 FROM generate_series(1, %d) i", accounts))
 	check(t, conn.Close(ctx))
-	w := &writers{t: t, c: c, leaving: map[int]bool{}, acked: map[string]bool{}, unknown: map[string]bool{}, done: map[int]int{}}
+	w := &writers{t: t, c: c, leaving: map[int]bool{}, begun: map[int]int{}, acked: map[string]bool{}, unknown: map[string]bool{}, done: map[int]int{}}
 	w.ctx, w.stop = context.WithCancel(ctx)
 	return w
 }
@@ -87,16 +88,30 @@ func (w *writers) begin(ctx context.Context, place, clients int) {
 	}
 }
 
-func (w *writers) mayLeave(place int) bool {
+// departures returns how often the clients of a place were sent away before now: a time that lasts is not one of them.
+func (w *writers) departures(place int) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.leaving[place]
+	if w.leaving[place] {
+		return w.begun[place] - 1
+	}
+	return w.begun[place]
+}
+
+// mayLeave reports whether the clients of a place have been sent away since.
+func (w *writers) mayLeave(place, departures int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.begun[place] > departures
 }
 
 func (w *writers) setLeaving(place int, leaving bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.leaving[place] = leaving
+	if leaving {
+		w.begun[place]++
+	}
 }
 
 func (w *writers) count(place int) int {
@@ -106,6 +121,7 @@ func (w *writers) count(place int) int {
 }
 
 func (w *writers) write(ctx context.Context, place int, who string) error {
+	departures := w.departures(place)
 	conn, err := w.c.Connect(ctx, place)
 	if err != nil {
 		return err
@@ -113,11 +129,14 @@ func (w *writers) write(ctx context.Context, place int, who string) error {
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // it may be gone already
 	for n := 0; w.ctx.Err() == nil; n++ {
 		name := fmt.Sprintf("%s-%d", who, n)
-		sure, err := once(ctx, conn, name, place)
+		committing, sure, err := once(ctx, conn, name, place)
 		fromLog := committedFromLog(err)
+		if fromLog {
+			w.t.Logf("at %d, %s, committing %v: %v", place, name, committing, err)
+		}
 		w.mu.Lock()
 		switch {
-		case err == nil, fromLog:
+		case err == nil, fromLog && committing: // otherwise it is the one before that is spoken of
 			w.acked[name] = true
 			w.done[place]++
 		case !sure:
@@ -127,12 +146,12 @@ func (w *writers) write(ctx context.Context, place int, who string) error {
 		var refused *pgconn.PgError
 		switch {
 		case err == nil, cluster.IsConflict(err) && !conn.IsClosed():
-		case fromLog && !w.mayLeave(place):
+		case fromLog && !w.mayLeave(place, departures):
 			// It was in the way of another's, too late to be aborted: see docs/errors.md.
 			if conn, err = w.c.Connect(ctx, place); err != nil {
 				return err
 			}
-		case w.mayLeave(place) && conn.IsClosed() && sure && (!errors.As(err, &refused) || refused.Code == "57P01"):
+		case w.mayLeave(place, departures) && conn.IsClosed() && sure && (!errors.As(err, &refused) || refused.Code == "57P01"):
 			w.mu.Lock()
 			w.lost++
 			w.mu.Unlock()
@@ -150,12 +169,12 @@ func committedFromLog(err error) bool {
 	return errors.As(err, &answer) && answer.Code == "57P01" && strings.Contains(answer.Message, "was committed from the log")
 }
 
-// once runs one transaction. sure says that without a success nothing of it is there.
-func once(ctx context.Context, conn *pgx.Conn, name string, place int) (sure bool, err error) {
+// once runs one transaction. committing says that COMMIT was sent, sure that without a success nothing of it is there.
+func once(ctx context.Context, conn *pgx.Conn, name string, place int) (committing, sure bool, err error) {
 	from, to := 1+rand.IntN(accounts), 1+rand.IntN(accounts)
 	tx, err := conn.Begin(ctx)
 	if err != nil {
-		return true, err
+		return false, true, err
 	}
 	defer func() { _ = tx.Rollback(ctx) }() // after a commit it does nothing
 	for _, sql := range []string{
@@ -164,12 +183,12 @@ func once(ctx context.Context, conn *pgx.Conn, name string, place int) (sure boo
 		fmt.Sprintf("UPDATE account SET balance = balance + 1 WHERE id = %d", to),
 	} {
 		if _, err := tx.Exec(ctx, sql); err != nil {
-			return true, err
+			return false, true, err
 		}
 	}
 	err = tx.Commit(ctx)
 	var answer *pgconn.PgError
-	return err == nil || errors.As(err, &answer) && answer.Code != "08007", err
+	return true, err == nil || errors.As(err, &answer) && answer.Code != "08007", err
 }
 
 // end stops the clients and compares what is there, on all places, with what they were told.
