@@ -3,6 +3,8 @@ package cluster_test
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -58,6 +60,16 @@ func freeze(t *testing.T, c *cluster.Cluster, i int) (thaw func()) {
 	pid, err := c.SidecarPID(i)
 	check(t, err)
 	check(t, syscall.Kill(pid, syscall.SIGSTOP))
+	for stopped := false; !stopped; { // a thread that is running goes on for a moment
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		check(t, err)
+		stopped = len(threads) > 0
+		for _, name := range threads {
+			stat, err := os.ReadFile(name)
+			_, state, _ := strings.Cut(string(stat), ") ")
+			stopped = stopped && (err != nil || strings.HasPrefix(state, "T")) // one that has ended has stopped, too
+		}
+	}
 	thaw = func() { check(t, syscall.Kill(pid, syscall.SIGCONT)) }
 	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) }) // it may have ended
 	return thaw
@@ -74,7 +86,7 @@ func leaderFrozen(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 }
 
 // frozen freezes node i under load, for longer than reads may be stale. A question that has been waiting for it when it
-// wakes up is not answered with what it knew before.
+// wakes up is not answered with what it knew before, unless it hears from the majority first.
 func frozen(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 	other := others(c, i)[0]
 	must(t, ctx, gateway(t, ctx, c, other), "UPDATE spots SET v = 'old' WHERE id = 5")
@@ -89,9 +101,10 @@ func frozen(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 
 	began := time.Now()
 	thaw := freeze(t, c, i)
-	answers := make(chan error, len(readers))
-	for k, sql := range []string{"SELECT v FROM spots WHERE id = 5", "FETCH c", "UPDATE spots SET v = 'lost' WHERE id = 5"} {
-		go func() { answers <- execute(ctx, readers[k].PgConn(), sql) }()
+	answers := make([]chan error, len(readers))
+	for k, sql := range []string{"SELECT v FROM spots WHERE id = 5", "FETCH c", "UPDATE spots SET v = 'late' WHERE id = 5"} {
+		answers[k] = make(chan error, 1)
+		go func() { answers[k] <- execute(ctx, readers[k].PgConn(), sql) }()
 	}
 	l.awaitCommits(ctx, 20, others(c, i)...)
 	writer := gateway(t, ctx, c, other)
@@ -100,16 +113,26 @@ func frozen(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 	time.Sleep(time.Until(began.Add(maxStaleness + 300*time.Millisecond)))
 	woken := time.Now()
 	thaw()
-	for range readers {
-		if err := <-answers; cluster.SQLState(err) != "57P03" {
-			t.Fatalf("a question from before the node woke up: %v, want 57P03", err)
+	want := "new"
+	for k := range readers {
+		switch err := <-answers[k]; {
+		case cluster.SQLState(err) == "57P03", cluster.SQLState(err) == "40001":
+		case err == nil:
+			// Seldom the node has heard from the majority again before it comes to the question: then it may answer, and what
+			// it writes is ordered behind what it has missed.
+			t.Logf("question %d is answered %v after the node woke up", k, time.Since(woken).Round(time.Millisecond))
+			if k == 2 {
+				want = "late"
+			}
+		default:
+			t.Errorf("a question from before the node woke up: %v, want 57P03", err)
 		}
 	}
 	l.awaitCommits(ctx, 1, i)
 	t.Logf("node %d commits %v after it woke up", i, time.Since(woken).Round(time.Millisecond))
 	l.awaitCommits(ctx, 20, i)
 	l.finish(ctx)
-	everywhere(t, ctx, c, "new", "SELECT v FROM spots WHERE id = 5")
+	everywhere(t, ctx, c, want, "SELECT v FROM spots WHERE id = 5")
 }
 
 func execute(ctx context.Context, conn *pgconn.PgConn, sql string) error {
