@@ -247,7 +247,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		return execute(ctx, conn.PgConn(), "UPDATE spots SET v = 'again' WHERE id = 4")
 	})
 	t.Logf("the node writes %v after the others woke up", time.Since(thawed).Round(time.Millisecond))
-	check(t, c.Settle(ctx))
+	eventually(t, ctx, func() error { return c.Settle(ctx) }) // one of the others is enough for a write
 	gids[undecided] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, undecided)
 	for i := 1; i <= c.Nodes; i++ {
 		conn := gateway(t, ctx, c, i)
