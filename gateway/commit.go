@@ -712,6 +712,9 @@ func (s *session) leaveCommit(op *commitOp, failed bool, status byte) error {
 	s.mu.Lock()
 	s.phase, s.commit, s.undone = phaseNone, nil, false
 	s.failed, s.broken = s.failed || failed, s.broken || failed
+	if status != 'I' { // AND CHAIN
+		s.txnEndedLocked()
+	}
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	return s.ready(appendReady(nil, status), op.end != endPiece && (op.end != endExecute || op.synced))

@@ -15,9 +15,15 @@ const evictRetry = 50 * time.Millisecond
 
 // beginEvict reports whether an eviction is to be started. If one is at work already it is told to look again when
 // it is done: by then another transaction may be in the way.
-func (s *session) beginEvict(by txn.CSN) bool {
+//
+// An innocent transaction must be spared: not only would its client be asked to repeat it for nothing, but if its marker
+// is out already it is committed, from the log, and its session has to end.
+func (s *session) beginEvict(by txn.CSN, seen time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.txnEnded.After(seen) {
+		return false
+	}
 	if s.evicting || s.ended {
 		s.evictNext, s.evictTxns = by, s.txns
 		return false

@@ -332,16 +332,18 @@ func (g *Gateway) Sessions() int {
 	return len(g.sessions)
 }
 
-// Evict makes the transaction that runs in backend pid let go of its locks, because log entry by needs them. It
-// returns at once; false means that pid is no session of this gateway. The client gets 40001 and keeps its session.
-func (g *Gateway) Evict(pid uint32, by txn.CSN) bool {
+// Evict makes the transaction that runs in backend pid let go of its locks, because log entry by needs them. Its caller
+// found the backend in the way not before seen: a transaction whose predecessor in the session ended after that may be
+// another than the one in the way, and is spared. Evict returns at once; false means that pid is no session of this
+// gateway. The client gets 40001 and keeps its session.
+func (g *Gateway) Evict(pid uint32, by txn.CSN, seen time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	s := g.sessions[pid]
 	if s == nil {
 		return false
 	}
-	if s.beginEvict(by) {
+	if s.beginEvict(by, seen) {
 		g.wg.Add(1)
 		go func() {
 			defer g.wg.Done()

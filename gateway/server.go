@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/quorate/quorate/txn"
 )
@@ -200,10 +201,16 @@ func (s *session) setStatusLocked(status byte) {
 	s.status = status
 	s.copying = false
 	if status == 'I' {
-		s.txns++
+		s.txnEndedLocked()
 		s.evicted, s.cleared, s.poison = false, false, nil
 		s.changed.Broadcast()
 	}
+}
+
+// txnEndedLocked notes that what comes is another transaction.
+func (s *session) txnEndedLocked() {
+	s.txns++
+	s.txnEnded = time.Now()
 }
 
 // finish tells the client why its session ends.

@@ -54,20 +54,21 @@ type session struct {
 	changed   sync.Cond // of the fields below
 	queue     []reply
 	head      int
-	status    byte    // of the last ReadyForQuery
-	skipping  bool    // after an error the server ignores everything until Sync, and none has been sent
-	failed    bool    // an error was relayed since the client loop last cleared this
-	broken    bool    // … since the client last saw ReadyForQuery
-	ended     bool    // one of the loops has ended
-	stopping  bool    // the session ends when its transaction does
-	phase     phase   // of the commit or rollback in progress
-	commit    Commit  // in phase deciding
-	txns      uint64  // transactions that have ended
-	cancels   int     // cancel requests on their way to the server
-	copying   bool    // the server waits for CopyData
-	evicting  bool    // an evict goroutine is at work
-	evictNext txn.CSN // for which entry it is to look at the session (again); 0: for none
-	evictTxns uint64  // txns when that was asked: a later transaction is innocent
+	status    byte      // of the last ReadyForQuery
+	skipping  bool      // after an error the server ignores everything until Sync, and none has been sent
+	failed    bool      // an error was relayed since the client loop last cleared this
+	broken    bool      // … since the client last saw ReadyForQuery
+	ended     bool      // one of the loops has ended
+	stopping  bool      // the session ends when its transaction does
+	phase     phase     // of the commit or rollback in progress
+	commit    Commit    // in phase deciding
+	txns      uint64    // transactions that have ended
+	txnEnded  time.Time // when the last of them did, or the session began
+	cancels   int       // cancel requests on their way to the server
+	copying   bool      // the server waits for CopyData
+	evicting  bool      // an evict goroutine is at work
+	evictNext txn.CSN   // for which entry it is to look at the session (again); 0: for none
+	evictTxns uint64    // txns when that was asked: a later transaction is innocent
 	evictor   txn.CSN
 	evicted   bool      // the transaction in progress must go, and its client has not been told
 	undone    bool      // evict has rolled back what was waiting for its verdict
@@ -197,6 +198,7 @@ func newSession(g *Gateway, client, server net.Conn) *session {
 		cli: newReader(client, g.cfg.MaxMessage), srv: newReader(server, 1<<31-1),
 		toServer: writer{conn: server}, toClient: writer{conn: client},
 		status:     'I',
+		txnEnded:   time.Now(),
 		statements: make(map[string]*statement),
 		portals:    make(map[string]*statement),
 	}

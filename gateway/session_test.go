@@ -571,14 +571,14 @@ const laterEntry = 1 << 40
 
 func (f *fixture) evict(t testing.TB, c *pgconn.PgConn) {
 	t.Helper()
-	if !f.g.Evict(c.PID(), laterEntry) {
+	if !f.g.Evict(c.PID(), laterEntry, time.Now()) {
 		t.Fatal("the gateway does not know its session")
 	}
 	f.await(locked, "0")
 }
 
 func testEvict(t *testing.T, f *fixture) {
-	if f.g.Evict(1, 1) {
+	if f.g.Evict(1, 1, time.Now()) {
 		t.Error("process 1 is a session")
 	}
 	c := f.connect(t)
@@ -594,6 +594,19 @@ func testEvict(t *testing.T, f *fixture) {
 	expect(t, c, "SELECT 1", "!25P02 E")
 	expect(t, c, "COMMIT", "ROLLBACK I")
 	expect(t, c, "SELECT count(*) FROM t", "(0) SELECT 1 I")
+
+	// A transaction that began after another was seen in the way is spared, also when it is the next of a chain.
+	for _, end := range []string{"ROLLBACK; BEGIN", "COMMIT AND CHAIN"} {
+		block()
+		seen := time.Now()
+		run(t, c, end)
+		expect(t, c, "INSERT INTO t VALUES (2)", "INSERT 0 1 T")
+		if !f.g.Evict(c.PID(), laterEntry, seen) {
+			t.Error("the gateway does not know its session")
+		}
+		expect(t, c, "COMMIT", "COMMIT I")
+		run(t, c, "DELETE FROM t")
+	}
 
 	block() // then COMMIT
 	f.evict(t, c)
@@ -677,7 +690,7 @@ func testEvictExtended(t *testing.T, f *fixture) {
 	w.send(join(all("BEGIN"), all("INSERT INTO t VALUES (1)"), syncMessage)...)
 	w.until(1)
 	evict := func() {
-		if !f.g.Evict(w.pid, laterEntry) {
+		if !f.g.Evict(w.pid, laterEntry, time.Now()) {
 			t.Fatal("unknown session")
 		}
 		f.await(locked, "0")
@@ -717,7 +730,7 @@ func testEvictCopy(t *testing.T, f *fixture) {
 		}
 		w.send(&pgproto3.CopyData{Data: []byte("1\ta\n")})
 		f.await(locked, "1")
-		if !f.g.Evict(w.pid, laterEntry) {
+		if !f.g.Evict(w.pid, laterEntry, time.Now()) {
 			t.Fatal("unknown session")
 		}
 		f.await(locked, "0")
@@ -745,7 +758,7 @@ func testEvictSlowReader(t *testing.T, f *fixture) {
 	w.until(1)
 	w.send(query("SELECT repeat('x', 1000) FROM generate_series(1, 200000)"))
 	f.await("SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'ClientWrite'", "1")
-	if !f.g.Evict(w.pid, laterEntry) {
+	if !f.g.Evict(w.pid, laterEntry, time.Now()) {
 		t.Fatal("unknown session")
 	}
 	f.await(locked, "0")

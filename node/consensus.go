@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
@@ -15,9 +16,9 @@ import (
 )
 
 // evict asks the gateway to abort the transaction of one of its sessions.
-func (n *Node) evict(pid uint32, by txn.CSN) bool {
+func (n *Node) evict(pid uint32, by txn.CSN, seen time.Time) bool {
 	g := n.gateway.Load()
-	if g == nil || !g.Evict(pid, by) {
+	if g == nil || !g.Evict(pid, by, seen) {
 		return false
 	}
 	n.noteEviction(pid, by)

@@ -400,7 +400,7 @@ func TestBlockers(t *testing.T) {
 	evicted := map[uint32]bool{}
 	cfg := c.config()
 	cfg.TerminateAfter = 200 * time.Millisecond
-	cfg.Evict = func(pid uint32, by txn.CSN) bool {
+	cfg.Evict = func(pid uint32, _ txn.CSN, _ time.Time) bool {
 		mu.Lock()
 		defer mu.Unlock()
 		abort, ok := sessions[pid]

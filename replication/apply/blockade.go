@@ -161,6 +161,7 @@ func (m *monitor) ask(ctx context.Context, due []blocked, now time.Time) error {
 		pids[i] = strconv.FormatUint(uint64(b.pid), 10)
 		byPID[pids[i]] = b
 	}
+	asked := time.Now() // not now: connecting may have taken long
 	rows, err := query(ctx, m.conn, `SELECT DISTINCT w.pid, b.pid FROM unnest($1::int[]) AS w(pid), unnest(pg_blocking_pids(w.pid)) AS b(pid)`,
 		"{"+strings.Join(pids, ",")+"}")
 	if err != nil {
@@ -186,14 +187,14 @@ func (m *monitor) ask(ctx context.Context, due []blocked, now time.Time) error {
 			known.wait = m.p.cfg.BlockedAfter
 			known.next = now.Add(known.wait)
 		}
-		if err := m.unblock(ctx, b, uint32(pid), now); err != nil {
+		if err := m.unblock(ctx, b, uint32(pid), asked); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// unblock acts against process pid, which blocks b.
+// unblock acts against process pid, which has been found to block b since it was asked about, now.
 func (m *monitor) unblock(ctx context.Context, b blocked, pid uint32, now time.Time) error {
 	ours, cancel, rollback := m.p.giveWay(pid, b)
 	if rollback != nil {
@@ -220,7 +221,7 @@ func (m *monitor) unblock(ctx context.Context, b blocked, pid uint32, now time.T
 	case ours:
 		m.p.metrics.evicted("worker")
 		return m.signal(ctx, "pg_cancel_backend", pid)
-	case m.p.cfg.Evict != nil && m.p.cfg.Evict(pid, b.csn):
+	case m.p.cfg.Evict != nil && m.p.cfg.Evict(pid, b.csn, now):
 		if first {
 			log.Info("asked the gateway to abort a session that blocks a committed transaction")
 			m.p.metrics.evicted("session")
