@@ -384,7 +384,7 @@ func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
 
 func (o order) AwaitLeader(ctx context.Context) error { return o.n.run.log.awaitLeader(ctx) }
 
-func (i *incarnation) evict(pid uint32, _ txn.CSN) bool {
+func (i *incarnation) evict(pid uint32, _ txn.CSN, _ time.Time) bool {
 	if i.killed() {
 		return true
 	}
