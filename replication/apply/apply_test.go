@@ -292,6 +292,7 @@ type held struct {
 	committed atomic.Bool
 	visible   atomic.Uint64
 	releases  atomic.Int32
+	released  chan struct{} // takes one for the first Release
 	hang      bool // does not react to Release
 	once      sync.Once
 }
@@ -299,7 +300,7 @@ type held struct {
 // hold begins a transaction in dst and returns it with the item for its write set, which is that of item.
 func (c *cluster) hold(item Item, sql string) (Item, *held) {
 	c.t.Helper()
-	h := &held{conn: c.connect("dst"), finished: make(chan struct{})}
+	h := &held{conn: c.connect("dst"), finished: make(chan struct{}), released: make(chan struct{}, 1)}
 	c.exec(h.conn, "BEGIN; SET LOCAL synchronous_commit = off; "+sql)
 	set := *item.Set
 	if _, err := fmt.Sscan(c.text(h.conn, "SELECT pg_current_xact_id()"), &set.XID); err != nil {
@@ -310,7 +311,9 @@ func (c *cluster) hold(item Item, sql string) (Item, *held) {
 }
 
 func (h *held) Release() {
-	h.releases.Add(1)
+	if h.releases.Add(1) == 1 {
+		h.released <- struct{}{}
+	}
 	if h.hang {
 		return
 	}
@@ -820,6 +823,7 @@ func TestBackPressure(t *testing.T) {
 	if err := p.Enqueue(ctx, items[5]); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v", err)
 	}
+	<-local.released // not before the Pipeline is connected
 	seen := make(chan txn.CSN, 1)
 	go func() {
 		csn, err := p.Seen(context.Background())
@@ -830,7 +834,7 @@ func TestBackPressure(t *testing.T) {
 	}()
 	select {
 	case csn := <-seen:
-		t.Errorf("seen %d while a COMMIT was in flight", csn)
+		t.Fatalf("seen %d while a COMMIT was in flight", csn)
 	case <-time.After(20 * time.Millisecond):
 	}
 	c.exec(local.conn, "COMMIT")
