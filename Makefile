@@ -10,7 +10,7 @@ PROTOS := $(sort $(shell find proto -name '*.proto'))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
-.PHONY: build test demo bench bench-clone stress chaos faults sim model screenshots verify generate generate-check fmt-check tidy-check
+.PHONY: build test demo bench bench-clone stress chaos soak faults sim model screenshots verify generate generate-check fmt-check tidy-check
 
 build:
 	$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/quorate ./cmd/quorate
@@ -42,6 +42,12 @@ stress:
 DURATION ?= 1m
 chaos:
 	$(GO) run ./test/chaos $(if $(SEED),-seed $(SEED)) -duration $(DURATION)
+
+# What takes too long for every run: done before a release.
+soak:
+	$(MAKE) stress
+	$(MAKE) sim SIM=10m
+	$(MAKE) chaos DURATION=30m
 
 # How long each fault keeps clients from committing: the table in docs/faults.md.
 ROUNDS ?= 5
