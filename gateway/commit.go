@@ -150,6 +150,7 @@ func (s *session) startCommit(op commitOp) error {
 	s.leaveBlock(op.chain)
 	s.commitOp = op
 	s.mu.Lock()
+	s.awaitCancelsLocked()
 	if s.ended {
 		s.mu.Unlock()
 		return errEnded

@@ -106,10 +106,10 @@ func (s *session) tryEvict(by txn.CSN, txns uint64) bool {
 			unlock()
 			return true
 		}
-		if !free || len(s.toServer.buf) > 0 || s.skipping {
+		if !free || len(s.toServer.buf) > 0 || s.skipping || s.cancels > 0 {
 			s.mu.Unlock()
 			unlock()
-			return false // the client has just begun something, or the server ignores everything until its Sync
+			return false // the client has just begun or cancelled something, or the server ignores everything until its Sync
 		}
 		s.evictor, s.cleared = by, true
 		if s.status == 'T' {

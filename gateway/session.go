@@ -398,6 +398,7 @@ func (s *session) tellReady(b []byte, status byte) error {
 }
 
 // push adds an expected reply, unless the server ignores its request. Call before the request is sent.
+// push adds an expected reply; what it answers is sent after that.
 func (s *session) push(r reply) {
 	s.mu.Lock()
 	s.pushLocked(r)
@@ -414,7 +415,16 @@ func (s *session) pushLocked(r reply) {
 		}
 		s.skipping = false
 	}
+	s.awaitCancelsLocked()
 	s.queue = append(s.queue, r)
+}
+
+// awaitCancelsLocked waits, before anything is sent to a server that has answered everything, for cancel requests on their
+// way: they were meant for what has ended.
+func (s *session) awaitCancelsLocked() {
+	for s.cancels > 0 && s.head == len(s.queue) && !s.ended {
+		s.changed.Wait()
+	}
 }
 
 // front returns the reply at the head of the queue.

@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -32,7 +33,8 @@ func TestSession(t *testing.T) {
 				{"Simple", testSimple}, {"Pieces", testPieces}, {"Extended", testExtended}, {"Pipeline", testPipeline},
 				{"Repeat", testRepeat}, {"Copy", testCopy}, {"Verdicts", testVerdicts}, {"ExtendedVerdicts", testExtendedVerdicts},
 				{"Deferred", testDeferred}, {"Refused", testRefused}, {"SideDoor", testSideDoor}, {"Cancel", testCancel},
-				{"Evict", testEvict}, {"EvictExtended", testEvictExtended}, {"EvictCopy", testEvictCopy}, {"EvictSlowReader", testEvictSlowReader},
+				{"Evict", testEvict}, {"EvictExtended", testEvictExtended}, {"EvictCopy", testEvictCopy}, {"LateCancel", testLateCancel},
+				{"EvictSlowReader", testEvictSlowReader},
 				{"Notify", testNotify}, {"Cursors", testCursors}, {"Temporary", testTemporary}, {"Deallocate", testDeallocate},
 				{"Pgx", testPgx}, {"Startup", testStartup}, {"ClientGone", testClientGone}, {"EndSessions", testEndSessions}, {"Malformed", testMalformed},
 				{"BackendGone", testBackendGone}, {"NoQuorum", testNoQuorum}, {"CutOff", testCutOff}, {"Functions", testFunctions}, {"Views", testViews}, {"Pgbench", testPgbench},
@@ -682,6 +684,98 @@ func testEvict(t *testing.T, f *fixture) {
 	}
 	if _, err := c.Exec(timeout(t), "SELECT 1").ReadAll(); !asPgError(err, &e) || e.Code != "57P01" || !c.IsClosed() {
 		t.Errorf("the session goes on after its transaction was committed from the log: %v", err)
+	}
+}
+
+// testLateCancel: a cancel request that comes late does not meet the next statement.
+func testLateCancel(t *testing.T, f *fixture) {
+	// Requests to cancel pass through here, and are held back until they are let through.
+	cfg := f.config()
+	server := cfg.ServerAddress
+	arrived, through := make(chan struct{}, 1), make(chan struct{})
+	gate, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			client, err := gate.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() {
+				defer client.Close()
+				first := make([]byte, 8)
+				if _, err := io.ReadFull(client, first); err != nil {
+					return
+				}
+				if binary.BigEndian.Uint32(first[4:]) == versionCancel {
+					arrived <- struct{}{}
+					<-through
+				}
+				backend, err := net.Dial("tcp", server)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer backend.Close()
+				if _, err := backend.Write(first); err != nil {
+					return
+				}
+				var back sync.WaitGroup
+				back.Go(func() {
+					_, _ = io.Copy(client, backend)
+					_ = client.Close()
+				})
+				_, _ = io.Copy(backend, client)
+				_ = backend.Close()
+				back.Wait()
+			})
+		}
+	})
+	cfg.ServerAddress = gate.Addr().String()
+	g := New(cfg)
+	if err := g.Open(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(g.Close(), gate.Close()); err != nil {
+			t.Error(err)
+		}
+		conns.Wait()
+	})
+	c := f.connect(t, func(cfg *pgconn.Config) { cfg.Port = uint16(g.Addr().(*net.TCPAddr).Port) })
+
+	expect(t, c, "BEGIN; INSERT INTO t VALUES (1)", "BEGIN INSERT 0 1 T")
+	const asleep = "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+	for _, late := range []struct{ sql, want string }{{"SELECT 2 FROM (SELECT pg_sleep(0.6)) x", "(2) SELECT 1 T"}, {"COMMIT", "COMMIT I"}} {
+		first := make(chan string, 1)
+		go func() { first <- run(t, c, "SELECT 1 FROM (SELECT pg_sleep(0.6)) x") }()
+		f.await(asleep, "1")
+		cancelled := make(chan error, 1)
+		go func() { cancelled <- c.CancelRequest(timeout(t)) }()
+		<-arrived
+		if got := <-first; got != "(1) SELECT 1 T" { // it has ended by itself
+			t.Fatal(got)
+		}
+		second := make(chan string, 1)
+		go func() { second <- run(t, c, late.sql) }()
+		select { // there is no event: it must not begin
+		case got := <-second:
+			t.Fatalf("%s while a cancel request was on its way: %s", late.sql, got)
+		case <-time.After(100 * time.Millisecond):
+		}
+		if f.ask(asleep) != "0" {
+			t.Errorf("%s has begun while a cancel request was on its way", late.sql)
+		}
+		through <- struct{}{}
+		if err := <-cancelled; err != nil {
+			t.Error(err)
+		}
+		if got := <-second; got != late.want {
+			t.Errorf("%s after the statement that was to be cancelled: %s", late.sql, got)
+		}
 	}
 }
 
