@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/capture"
 	"github.com/quorate/quorate/txn"
 )
@@ -36,9 +37,14 @@ type conflict struct {
 	gid    txn.GID // of the winner; zero if not remembered
 	key    txn.Key
 	mode   txn.Mode
-	pid    uint32 // of an evicted session
 
-	set   *txn.WriteSet // the loser's, until place is known; nil if it is too large to keep
+	pid    uint32  // of an evicted session,
+	by     txn.CSN // for what it was asked to make way,
+	unique bool    // and whether what is in set is in the way by a value in a unique index
+
+	// set is what place is found out from, until it is known: the loser's changes, or the row that the winner of an
+	// eviction waited for. Nil if it is too large to keep, or nothing is known.
+	set   *txn.WriteSet
 	place capture.Place
 }
 
@@ -73,16 +79,26 @@ func (c *conflicts) certified(set *txn.WriteSet, v txn.Verdict) {
 }
 
 // evicted notes a session that was asked to make way; asking again is no new conflict.
-func (c *conflicts) evicted(node txn.NodeID, pid uint32, by txn.CSN) (fresh bool) {
+func (c *conflicts) evicted(node txn.NodeID, b apply.Blockade) (fresh bool) {
 	c.mu.Lock()
 	known := slices.ContainsFunc(c.latest[max(0, len(c.latest)-32):], func(o conflict) bool {
-		return o.kind == conflictEvicted && o.pid == pid && o.winner == by
+		return o.kind == conflictEvicted && o.pid == b.PID && o.by == b.By
 	})
 	c.mu.Unlock()
 	if known {
 		return false
 	}
-	c.add(conflict{kind: conflictEvicted, node: node, winner: by, pid: pid})
+	one := conflict{kind: conflictEvicted, node: node, winner: b.By, pid: b.PID, by: b.By, place: capture.Place{Table: b.Where.Table}}
+	if b.Where.Whole {
+		one.place.Key = "whole table"
+	}
+	if b.Where.Row != nil {
+		one.winner, one.unique = b.Where.CSN, b.Where.Unique // of several that are applied as one
+		if len(b.Where.Row.Changes) <= maxLoser {
+			one.set = b.Where.Row
+		}
+	}
+	c.add(one)
 	return true
 }
 
@@ -119,7 +135,7 @@ func (c *conflicts) dropSet(one *conflict) {
 
 // list returns the latest, the newest first, and finds out where they were. An error of the catalog ends that; what is
 // not known then is found out the next time.
-func (c *conflicts) list(ctx context.Context, most int, locate func(context.Context, *txn.WriteSet, txn.Key) (capture.Place, bool, error)) []conflict {
+func (c *conflicts) list(ctx context.Context, most int, locate func(context.Context, *conflict) (capture.Place, bool, error)) []conflict {
 	c.mu.Lock()
 	found := slices.Clone(c.latest[max(0, len(c.latest)-most):])
 	c.mu.Unlock()
@@ -129,22 +145,24 @@ func (c *conflicts) list(ctx context.Context, most int, locate func(context.Cont
 		if one.set == nil {
 			continue
 		}
-		place, _, err := locate(ctx, one.set, one.key)
+		place, ok, err := locate(ctx, one)
 		if err != nil {
 			break
 		}
-		one.place = place
-		c.located(one.loser, place)
+		if ok {
+			one.place = place
+		}
+		c.located(one.number, one.place)
 	}
 	return found
 }
 
 // located remembers where a conflict was.
-func (c *conflicts) located(loser txn.GID, place capture.Place) {
+func (c *conflicts) located(number uint64, place capture.Place) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i := range c.latest {
-		if one := &c.latest[i]; one.loser == loser && one.set != nil {
+		if one := &c.latest[i]; one.number == number {
 			c.dropSet(one)
 			one.place = place
 		}

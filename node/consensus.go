@@ -5,23 +5,23 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pki"
+	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/txn"
 	"github.com/quorate/quorate/txn/codec"
 )
 
 // evict asks the gateway to abort the transaction of one of its sessions.
-func (n *Node) evict(pid uint32, by txn.CSN, seen time.Time) bool {
+func (n *Node) evict(b apply.Blockade) bool {
 	g := n.gateway.Load()
-	if g == nil || !g.Evict(pid, by, seen) {
+	if g == nil || !g.Evict(b.PID, b.By, b.Seen) {
 		return false
 	}
-	n.noteEviction(pid, by)
+	n.noteEviction(b)
 	return true
 }
 

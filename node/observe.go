@@ -18,6 +18,7 @@ import (
 	"github.com/quorate/quorate/heartbeat"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/replication"
+	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -225,8 +226,8 @@ func (i *incarnation) decision(d replication.Decision) {
 }
 
 // noteEviction notes that a session was asked to make way.
-func (n *Node) noteEviction(pid uint32, by txn.CSN) {
-	if n.seen.conflicts.evicted(n.cfg.Node, pid, by) {
+func (n *Node) noteEviction(b apply.Blockade) {
+	if n.seen.conflicts.evicted(n.cfg.Node, b) {
 		n.seen.aborts.Add(1)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/capture"
 	"github.com/quorate/quorate/txn"
 )
@@ -40,16 +41,18 @@ func TestConflicts(t *testing.T) {
 	var c conflicts
 	calls := 0
 	var fail error
-	locate := func(_ context.Context, set *txn.WriteSet, _ txn.Key) (capture.Place, bool, error) {
+	locate := func(_ context.Context, one *conflict) (capture.Place, bool, error) {
 		calls++
-		return capture.Place{Table: "t", Key: set.GID.String()}, true, fail
+		return capture.Place{Table: "t", Key: one.set.GID.String()}, true, fail
 	}
 	list := func(most int) []conflict { return c.list(t.Context(), most, locate) }
 
 	c.committed(5, gid(100))
 	c.certified(&txn.WriteSet{GID: gid(1), Changes: make([]byte, 10)}, txn.Verdict{Reason: txn.AbortConflict, With: 5, Mode: txn.ModeWrite})
 	c.certified(&txn.WriteSet{GID: gid(2), Changes: make([]byte, maxLoser+1)}, txn.Verdict{Reason: txn.AbortConflict, With: 6, Mode: txn.ModeWrite})
-	if !c.evicted(1, 77, 5) || c.evicted(1, 77, 5) || !c.evicted(1, 77, 6) {
+	// The transaction that process 77 is in the way of is 5, applied together with 6; of process 78 nothing is known.
+	row := apply.Contention{Table: "t", Row: &txn.WriteSet{GID: gid(100), Changes: make([]byte, 10)}, CSN: 5}
+	if !c.evicted(1, apply.Blockade{PID: 77, By: 6, Where: row}) || c.evicted(1, apply.Blockade{PID: 77, By: 6}) || !c.evicted(1, apply.Blockade{PID: 78, By: 6}) {
 		t.Error("asking again is a new conflict, or a new one is not")
 	}
 	fail = errors.New("no catalog")
@@ -58,7 +61,8 @@ func TestConflicts(t *testing.T) {
 	}
 	fail = nil
 	got := list(10)
-	if len(got) != 4 || got[3].loser != gid(1) || got[3].gid != gid(100) || got[3].place.Key != gid(1).String() || got[2].gid != (txn.GID{}) || got[2].place.Table != "" || got[1].kind != conflictEvicted {
+	if len(got) != 4 || got[3].loser != gid(1) || got[3].gid != gid(100) || got[3].place.Key != gid(1).String() || got[2].gid != (txn.GID{}) || got[2].place.Table != "" ||
+		got[1].kind != conflictEvicted || got[1].winner != 5 || got[1].gid != gid(100) || got[1].place.Key != gid(100).String() || got[0].winner != 6 || got[0].place.Table != "" {
 		t.Errorf("conflicts are %+v", got)
 	}
 	calls = 0

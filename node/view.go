@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -169,11 +170,17 @@ func (n *Node) Happened(req *pb.EventsRequest) []*pb.Event {
 	return all
 }
 
+// errAway: what only PostgreSQL knows is asked again later.
+var errAway = errors.New("PostgreSQL is not there")
+
 // locate finds out where a conflict was, by the tables that this node's PostgreSQL has.
-func (n *Node) locate(ctx context.Context, set *txn.WriteSet, key txn.Key) (capture.Place, bool, error) {
+func (n *Node) locate(ctx context.Context, c *conflict) (capture.Place, bool, error) {
 	i := n.current.Load()
-	if i == nil {
-		return capture.Place{}, false, nil
+	switch {
+	case i == nil:
+		return capture.Place{}, false, errAway
+	case c.kind == conflictEvicted:
+		return capture.LocateRow(ctx, i.catalog, c.set, c.unique)
 	}
-	return capture.Locate(ctx, i.catalog, set, key)
+	return capture.Locate(ctx, i.catalog, c.set, c.key)
 }

@@ -182,7 +182,8 @@ func conflictsCommand() *cobra.Command {
 		Use:   "conflicts",
 		Short: "Show which transactions lost to which, and where",
 		Long: "Show the latest transactions that were aborted because another one came first, the newest first. \"certification\": the log decided. " +
-			"\"eviction\": the transaction stood in the way of one that was decided already. Conflicts are kept in memory, 512 at least.",
+			"\"eviction\": the transaction stood in the way of one that was decided already; table and key are what that one waited for, as far as they " +
+			"could be found out. Conflicts are kept in memory, 512 at least.",
 		GroupID: groupLook,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -198,7 +199,7 @@ func conflictsCommand() *cobra.Command {
 				return a.write(cmd.OutOrStdout(), form, func(s *screen) {
 					var rows [][]cell
 					for _, c := range form.Conflicts {
-						rows = append(rows, []cell{clock(c.Time), text(c.Kind), number(c.Node), text(dash(c.GID)), text(winner(c)), text(dash(c.Table)), text(dash(c.Key))})
+						rows = append(rows, []cell{clock(c.Time), text(c.Kind), number(c.Node), text(dash(c.GID)), text(winner(c)), place(c.Table), place(c.Key)})
 					}
 					s.list("no conflicts are remembered", []string{"time", "kind", "node", "loser", "lost to", "table", "key"}, rows)
 					s.silent(form.Unreachable)
@@ -218,6 +219,14 @@ func winner(c conflictForm) string {
 		return fmt.Sprintf("csn %d", c.WinnerCSN)
 	}
 	return fmt.Sprintf("%s (csn %d)", c.WinnerGID, c.WinnerCSN)
+}
+
+// place is a table or a key, which of a conflict is not always known.
+func place(name string) cell {
+	if name == "" {
+		return cell{text: "unknown", style: dim}
+	}
+	return text(name)
 }
 
 func where(c conflictForm) string {

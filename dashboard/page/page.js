@@ -455,7 +455,7 @@
     $("conflicts-empty").hidden = list.length > 0;
     rows($("conflict-rows"), list, () => el("tr", {}, el("td"), el("td", {}, el("span"), el("small")), el("td", {}, el("span", { class: "mono" }), el("small")), el("td", { class: "mono" })), (tr, c) => {
       text(tr.children[0], clock(c.at));
-      text(tr.children[1].children[0], [c.table, c.key].filter(Boolean).join(" ") || NONE);
+      text(tr.children[1].children[0], c.table || c.key ? [c.table, c.key || "(which row is unknown)"].filter(Boolean).join(" ") : "unknown");
       text(tr.children[1].children[1], c.reason);
       text(tr.children[2].children[0], c.loser || NONE);
       text(tr.children[2].children[1], c.node ? `of node ${c.node}` : "");

@@ -59,11 +59,10 @@ type Config struct {
 	Connect func(ctx context.Context) (*pgconn.PgConn, error)
 	// Part returns the data of a Chunk entry of the log. Required if large transactions occur.
 	Part func(index txn.LogIndex) ([]byte, error)
-	// Evict asks the gateway to abort the transaction of the session with this server process, because it blocks
-	// the one with CSN by. The process was found in the way not before seen: a transaction that began later is another.
-	// It returns at once, may be called again while the blockade lasts, and returns false if that is no session of the
-	// gateway. Nil: the gateway has none.
-	Evict func(pid uint32, by txn.CSN, seen time.Time) bool
+	// Evict asks the gateway to abort the transaction of the session with a server process, because it blocks a committed
+	// one. It returns at once, may be called again while the blockade lasts, and returns false if that is no session of
+	// the gateway. Nil: the gateway has none.
+	Evict func(Blockade) bool
 	// Changed is called after DDL was applied and before it is booked as applied, to drop cached catalog contents.
 	// May be nil.
 	Changed func()

@@ -293,7 +293,7 @@ type held struct {
 	visible   atomic.Uint64
 	releases  atomic.Int32
 	released  chan struct{} // takes one for the first Release
-	hang      bool // does not react to Release
+	hang      bool          // does not react to Release
 	once      sync.Once
 }
 
@@ -403,12 +403,12 @@ func TestBlockers(t *testing.T) {
 	evicted := map[uint32]bool{}
 	cfg := c.config()
 	cfg.TerminateAfter = 200 * time.Millisecond
-	cfg.Evict = func(pid uint32, _ txn.CSN, _ time.Time) bool {
+	cfg.Evict = func(b Blockade) bool {
 		mu.Lock()
 		defer mu.Unlock()
-		abort, ok := sessions[pid]
-		if ok && !evicted[pid] {
-			evicted[pid] = true
+		abort, ok := sessions[b.PID]
+		if ok && !evicted[b.PID] {
+			evicted[b.PID] = true
 			abort()
 		}
 		return ok
@@ -488,6 +488,75 @@ func TestBlockers(t *testing.T) {
 		}
 	}
 	c.equal("t")
+}
+
+// TestContention: whoever must give way is told what for, row by row, also where several transactions are applied as one.
+func TestContention(t *testing.T) {
+	c := newCluster(t, 18, `CREATE TABLE "odd one" (a text, "b c" int, n int, u int UNIQUE, PRIMARY KEY (a, "b c"));
+INSERT INTO "odd one" SELECT 'x, y', g, 0, g FROM generate_series(1, 300) g;
+CREATE TABLE part (id int PRIMARY KEY, n int) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF part FOR VALUES FROM (0) TO (1000);
+INSERT INTO part SELECT g, 0 FROM generate_series(1, 300) g;`)
+	told := make(chan Blockade, 1)
+	rolledBack := make(chan error, 1)
+	var blocker *pgx.Conn
+	cfg := c.config()
+	cfg.Evict = func(b Blockade) bool {
+		if b.Where != (Contention{}) { // the first time
+			told <- b
+			go func() { rolledBack <- blocker.PgConn().Exec(context.Background(), "ROLLBACK").Close() }()
+		}
+		return true
+	}
+	p := start(t, cfg)
+	const most = `UPDATE "odd one" SET n = n + 1 WHERE "b c" `
+	for _, tc := range []struct {
+		blocker      string
+		transactions []string
+		want         string // table, which of the transactions, its row
+	}{
+		{most + "= 7", []string{most + "= 8", most + "BETWEEN 3 AND 250"}, "public.odd one row 1 [x, y 7]"},
+		{`SELECT FROM "odd one" WHERE "b c" = 9 FOR UPDATE`, []string{`DELETE FROM "odd one" WHERE "b c" = 9`}, "public.odd one row 0 [x, y 9]"},
+		{`UPDATE "odd one" SET n = 5 WHERE "b c" = 10`, []string{`UPDATE "odd one" SET a = 'z' WHERE "b c" IN (10, 11)`}, "public.odd one row 0 [x, y 10]"},
+		{`INSERT INTO "odd one" VALUES ('q', 1, 0, 1000)`, []string{`INSERT INTO "odd one" VALUES ('r', 1, 0, 1000)`}, "public.odd one unique 0 [r 1]"},
+		{`INSERT INTO "odd one" VALUES ('q', 1, 0, 1001)`, []string{`INSERT INTO "odd one" VALUES ('r', 2, 0, 1002), ('q', 1, 0, 1003)`}, "public.odd one"},
+		{"UPDATE part SET n = 5 WHERE id = 12", []string{"UPDATE part SET n = 6 WHERE id < 20"}, "public.leaf row 0 [12]"},
+		{"LOCK TABLE part IN SHARE MODE", []string{"UPDATE part SET n = 7 WHERE id < 20"}, "public.leaf whole"},
+		{"SELECT FROM part", []string{"TRUNCATE part"}, "public.leaf whole"},
+	} {
+		blocker = c.connect("dst")
+		c.exec(blocker, "BEGIN; "+tc.blocker)
+		items := c.run(tc.transactions...)
+		for i := range items { // so that they are merged
+			items[i].Index = items[len(items)-1].Index
+		}
+		p.apply(items)
+		b := <-told
+		if err := <-rolledBack; err != nil {
+			t.Error(err)
+		}
+		got := b.Where.Table
+		switch w := b.Where; {
+		case w.Whole:
+			got += " whole"
+		case w.Row != nil:
+			kind := "row"
+			if w.Unique {
+				kind = "unique"
+			}
+			found := candidates([]Item{{Set: w.Row}}, "INSERT INTO "+`"public"."odd one" `)
+			for _, begin := range []string{`UPDATE ONLY "public"."odd one" `, `DELETE FROM ONLY "public"."odd one" `, `UPDATE ONLY "public"."leaf" `} {
+				found = append(found, candidates([]Item{{Set: w.Row}}, begin)...)
+			}
+			if len(found) != 1 {
+				t.Fatalf("%s: %d rows in %q", tc.blocker, len(found), w.Row.Changes)
+			}
+			got += fmt.Sprintf(" %s %d %v", kind, w.CSN-items[0].CSN, found[0].key)
+		}
+		if got != tc.want || b.PID != blocker.PgConn().PID() || b.By != items[len(items)-1].CSN {
+			t.Errorf("%s: process %d is in the way of %d at %q, want %q", tc.blocker, b.PID, b.By, got, tc.want)
+		}
+	}
+	c.equal(`"odd one"`, "part")
 }
 
 // TestLaterHolderGivesWay: a held transaction that blocks an earlier one, which its keys do not tell, is rolled back

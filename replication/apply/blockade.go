@@ -217,11 +217,22 @@ func (m *monitor) unblock(ctx context.Context, b blocked, pid uint32, now time.T
 	s.next = now.Add(s.attempt)
 	first := s.since.Equal(now)
 	log := m.p.log.With(logkey.PID, pid, logkey.CSN, uint64(b.csn))
+	var where Contention
+	if first && !ours {
+		var err error
+		if where, err = m.findContention(ctx, b); err != nil {
+			var server *pgconn.PgError
+			if !errors.As(err, &server) {
+				return err
+			}
+			log.Debug("cannot tell where a process is in the way", logkey.Error, err)
+		}
+	}
 	switch {
 	case ours:
 		m.p.metrics.evicted("worker")
 		return m.signal(ctx, "pg_cancel_backend", pid)
-	case m.p.cfg.Evict != nil && m.p.cfg.Evict(pid, b.csn, now):
+	case m.p.cfg.Evict != nil && m.p.cfg.Evict(Blockade{PID: pid, By: b.csn, Seen: now, Where: where}):
 		if first {
 			log.Info("asked the gateway to abort a session that blocks a committed transaction")
 			m.p.metrics.evicted("session")

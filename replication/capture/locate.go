@@ -33,12 +33,57 @@ func Locate(ctx context.Context, catalog byName, set *txn.WriteSet, key txn.Key)
 	case DDLKey(set.Database):
 		return Place{Key: "DDL"}, true, nil
 	}
-	l := locator{database: set.Database, hasher: txn.NewHasher(), key: key, relations: make(map[uint32]located)}
+	l := locator{hasher: txn.NewHasher(), key: key}
+	err = walk(ctx, catalog, set, func(in located) (done bool) {
+		place, ok = l.table(set.Database, in)
+		return ok
+	}, func(in located, row *rowChange) (done bool) {
+		place, ok = l.row(in, row)
+		return ok
+	}, func(message []byte) (done bool) {
+		place, ok = l.ddl(set.Database, message)
+		return ok
+	})
+	if err != nil {
+		return Place{}, false, err
+	}
+	return place, ok, nil
+}
+
+// LocateRow tells of the first row of a write set which it is. unique: what matters is a value that it has in a unique
+// index; if there are several it is not known which. ok is false if there is none, or if its table has no key.
+func LocateRow(ctx context.Context, catalog byName, set *txn.WriteSet, unique bool) (place Place, ok bool, err error) {
+	err = walk(ctx, catalog, set, nil, func(in located, row *rowChange) (done bool) {
+		place.Table = in.RootSchema + "." + in.RootName
+		if in.plan.identity == nil {
+			return true
+		}
+		tuple := row.old // its key is what the row had before
+		if tuple == nil {
+			tuple = row.new
+		}
+		place.Key, ok = in.plan.identity.words(in.relation, tuple, nil), true
+		if unique && len(in.plan.uniques) > 0 {
+			place.Key = "a unique value of " + place.Key
+		}
+		return true
+	}, nil)
+	if err != nil {
+		return Place{}, false, err
+	}
+	return place, ok, nil
+}
+
+// walk goes through the tables, rows and DDL messages of a write set, in their order, until one function, each of which
+// may be nil, reports that it is done, or until something is not what capture writes. An error is the catalog's.
+func walk(ctx context.Context, catalog byName, set *txn.WriteSet,
+	onTable func(located) bool, onRow func(located, *rowChange) bool, onMessage func([]byte) bool) error {
+	relations := make(map[uint32]located)
 	var row rowChange
 	for rest := set.Changes; len(rest) > 0; {
 		size, n := binary.Uvarint(rest)
 		if n <= 0 || size == 0 || size > uint64(len(rest)-n) {
-			return Place{}, false, nil // not what capture writes, so nothing is known of it
+			return nil
 		}
 		message := rest[n : n+int(size)]
 		rest = rest[n+int(size):]
@@ -46,36 +91,34 @@ func Locate(ctx context.Context, catalog byName, set *txn.WriteSet, key txn.Key)
 		case msgRelation:
 			r, err := parseRelation(message, nil)
 			if err != nil {
-				return Place{}, false, nil
+				return nil
 			}
 			m, err := catalog.RelationByName(ctx, r.schema, r.name)
 			if err != nil {
-				return Place{}, false, fmt.Errorf("look up table %s.%s: %w", r.schema, r.name, err)
+				return fmt.Errorf("look up table %s.%s: %w", r.schema, r.name, err)
 			}
 			if m == nil {
-				l.relations[r.oid] = located{r, tableOnly(set.Database, r), &pg.Relation{RootSchema: r.schema, RootName: r.name}}
+				relations[r.oid] = located{r, tableOnly(set.Database, r), &pg.Relation{RootSchema: r.schema, RootName: r.name}}
 			} else {
-				l.relations[r.oid] = located{r, newPlan(set.Database, r, m), m}
+				relations[r.oid] = located{r, newPlan(set.Database, r, m), m}
 			}
-			if place, ok := l.table(l.relations[r.oid]); ok {
-				return place, true, nil
+			if onTable != nil && onTable(relations[r.oid]) {
+				return nil
 			}
 		case msgInsert, msgUpdate, msgDelete:
 			if row.parse(message) != nil {
-				return Place{}, false, nil
+				return nil
 			}
-			if in, known := l.relations[row.oid]; known {
-				if place, ok := l.row(in, &row); ok {
-					return place, true, nil
-				}
+			if in, known := relations[row.oid]; known && onRow != nil && onRow(in, &row) {
+				return nil
 			}
 		case msgMessage:
-			if place, ok := l.ddl(message); ok {
-				return place, true, nil
+			if onMessage != nil && onMessage(message) {
+				return nil
 			}
 		}
 	}
-	return Place{}, false, nil
+	return nil
 }
 
 type located struct {
@@ -85,14 +128,12 @@ type located struct {
 }
 
 type locator struct {
-	database  string
-	hasher    *txn.Hasher
-	key       txn.Key
-	relations map[uint32]located
+	hasher *txn.Hasher
+	key    txn.Key
 }
 
 // table compares the keys that stand for many rows.
-func (l *locator) table(in located) (Place, bool) {
+func (l *locator) table(database string, in located) (Place, bool) {
 	name := in.RootSchema + "." + in.RootName
 	switch l.key {
 	case in.plan.table:
@@ -101,7 +142,7 @@ func (l *locator) table(in located) (Place, bool) {
 		return Place{name, "references to the table"}, true
 	}
 	for _, f := range in.References {
-		if l.key == TableKey(l.database, f.ParentSchema, f.ParentName) || l.key == referencesKey(l.database, f.ParentSchema, f.ParentName) {
+		if l.key == TableKey(database, f.ParentSchema, f.ParentName) || l.key == referencesKey(database, f.ParentSchema, f.ParentName) {
 			return Place{name, "any parent in " + f.ParentSchema + "." + f.ParentName}, true
 		}
 	}
@@ -109,13 +150,13 @@ func (l *locator) table(in located) (Place, bool) {
 }
 
 // ddl compares the tables that a DDL message names. A partition's key is its topmost table's, which is not looked up here.
-func (l *locator) ddl(message []byte) (Place, bool) {
+func (l *locator) ddl(database string, message []byte) (Place, bool) {
 	var d pg.DDL
 	if m, err := parseLogical(message); err != nil || json.Unmarshal(m.content, &d) != nil || d.Tables == nil {
 		return Place{}, false
 	}
 	for _, t := range *d.Tables {
-		if l.key == TableKey(l.database, t[0], t[1]) {
+		if l.key == TableKey(database, t[0], t[1]) {
 			return Place{t[0] + "." + t[1], "whole table"}, true
 		}
 	}

@@ -55,6 +55,27 @@ func TestLocate(t *testing.T) {
 		}
 	}
 
+	// Which row the first one is, as whoever waits for it knows it.
+	for _, tc := range []struct {
+		sql    string
+		unique bool
+		want   string
+	}{
+		{`UPDATE account SET id = 11 WHERE id = 1`, false, "public.account: (id)=(1)"},
+		{`UPDATE account SET email = 'd@e' WHERE id = 11`, false, "public.account: (id)=(11)"},
+		{`INSERT INTO account VALUES (12, 'e@f')`, true, "public.account: a unique value of (id)=(12)"},
+		{`INSERT INTO entry VALUES (5, 'z', 11)`, true, "public.entry: (a, b)=(z, 5)"},
+		{`DELETE FROM parted`, false, "public.parted: (id)=(7)"},
+	} {
+		place, ok, err := LocateRow(t.Context(), n.catalog, c.run(tc.sql), tc.unique)
+		if got := place.Table + ": " + place.Key; got != tc.want || !ok || err != nil {
+			t.Errorf("%s: the row is %q, %v, %v; want %q", tc.sql, got, ok, err, tc.want)
+		}
+	}
+	if place, ok, err := LocateRow(t.Context(), n.catalog, c.run(`TRUNCATE partial`), false); ok || err != nil {
+		t.Errorf("a write set without rows has %v, %v", place, err)
+	}
+
 	// A key that is not the set's, or of a table that is gone, is not found; what is damaged does no harm.
 	set := c.run(`INSERT INTO account VALUES (3, 'c@d')`)
 	if place, ok, err := Locate(t.Context(), n.catalog, set, txn.Key{1}); ok || err != nil {
@@ -70,6 +91,9 @@ func TestLocate(t *testing.T) {
 		}
 		damaged.Changes = damaged.Changes[:random.IntN(len(damaged.Changes)+1)]
 		if _, _, err := Locate(t.Context(), unknown{}, &damaged, row); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := LocateRow(t.Context(), unknown{}, &damaged, true); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -134,15 +135,31 @@ func TestConflictsAndTransactions(t *testing.T) {
 			var got struct{ Conflicts []conflict }
 			ask(t, ctx, c, asked, &got, "conflicts")
 			for _, f := range got.Conflicts {
-				switch {
-				case f.Kind == "certification" && f.GID == gid && f.Table == "public.account" && f.Key == "(id)=(7)" && f.WinnerNode == 2 && f.Node == 1:
-					return nil
-				case f.Kind == "eviction" && f.Node == 1 && f.WinnerNode == 2: // it had come before COMMIT
+				evicted := f.Kind == "eviction" && f.GID == "" // the other had come before COMMIT
+				if (evicted || f.Kind == "certification" && f.GID == gid) && f.Table == "public.account" && f.Key == "(id)=(7)" && f.WinnerNode == 2 && f.Node == 1 {
 					return nil
 				}
 			}
 			return fmt.Errorf("node %d remembers %+v", asked, got.Conflicts)
 		})
+	}
+
+	// One that has not come to its COMMIT is evicted, and it is told what for.
+	for _, s := range []string{"ROLLBACK", "BEGIN", "SELECT FROM account WHERE id = 9 FOR UPDATE"} {
+		if _, err := one.Exec(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sql(t, ctx, c, 3, "UPDATE account SET v = v + 1 WHERE id BETWEEN 5 AND 15")
+	await(t, ctx, "the eviction", func() error {
+		code, out, errs := quorate(t, ctx, c, 2, "conflicts")
+		if code != 0 || !regexp.MustCompile(`eviction +1 +- +3-.*public\.account +\(id\)=\(9\)\n`).MatchString(out) {
+			return fmt.Errorf("%d\n%s%s", code, out, errs)
+		}
+		return nil
+	})
+	if got := psql(t, ctx, c.Gateway(1), `SELECT "table", key, winner_node FROM quorate.conflicts WHERE kind = 'eviction' ORDER BY at DESC LIMIT 1`); got != "public.account|(id)=(9)|3" {
+		t.Errorf("SQL says of the eviction: %s", got)
 	}
 
 	// A transaction that has committed is found everywhere.

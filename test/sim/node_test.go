@@ -384,12 +384,12 @@ func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
 
 func (o order) AwaitLeader(ctx context.Context) error { return o.n.run.log.awaitLeader(ctx) }
 
-func (i *incarnation) evict(pid uint32, _ txn.CSN, _ time.Time) bool {
+func (i *incarnation) evict(b apply.Blockade) bool {
 	if i.killed() {
 		return true
 	}
 	i.n.run.count("evictions")
-	return i.n.db.evict(pid) // the client notices
+	return i.n.db.evict(b.PID) // the client notices
 }
 
 // client makes transactions as a gateway session does.

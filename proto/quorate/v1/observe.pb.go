@@ -850,7 +850,8 @@ type Conflict struct {
 	WinnerGid  string `protobuf:"bytes,6,opt,name=winner_gid,json=winnerGid,proto3" json:"winner_gid,omitempty"`     // empty if it is not remembered
 	WinnerNode uint32 `protobuf:"varint,7,opt,name=winner_node,json=winnerNode,proto3" json:"winner_node,omitempty"` // 0: not known
 	Table      string `protobuf:"bytes,8,opt,name=table,proto3" json:"table,omitempty"`                              // with its schema; empty if not known
-	// What of the table: "(id)=(7)", "unique users_email_key (email)=(a@b)", "parent accounts (id)=(7)", "whole table".
+	// What of the table: "(id)=(7)", "unique users_email_key (email)=(a@b)", "parent accounts (id)=(7)", "whole table". Of an
+	// eviction it is what the winner waited for. Empty if not known.
 	Key           string `protobuf:"bytes,9,opt,name=key,proto3" json:"key,omitempty"`
 	Mode          string `protobuf:"bytes,10,opt,name=mode,proto3" json:"mode,omitempty"` // how the loser used it: W, X, U, UD, R, IX
 	unknownFields protoimpl.UnknownFields
