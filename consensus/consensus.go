@@ -158,6 +158,7 @@ func Open(cfg Config, m Machine) (_ *Consensus, err error) {
 		config:      cfg,
 		logger:      cfg.Logger,
 		dialOptions: dialOptions(cfg.DialOptions),
+		contact:     contact{gap: cfg.quorumTimeout()},
 		queue:       newRequestQueue(),
 		budget:      semaphore.NewWeighted(maxInFlight),
 		leading:     newLeadership(),
@@ -419,7 +420,7 @@ func (c *Consensus) Propose(ctx context.Context, data []byte) (txn.LogIndex, err
 		c.metrics.proposalFailed(err)
 		return 0, fmt.Errorf("propose entry: %w", err)
 	}
-	c.contact.heard(began)
+	c.contact.heard(began, index)
 	c.metrics.proposeSeconds.Observe(time.Since(began).Seconds())
 	return index, nil
 }

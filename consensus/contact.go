@@ -7,28 +7,53 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/quorate/quorate/txn"
 )
 
-// contact is the latest instant at which, for all this node knows, a majority was there and followed the leader that it
-// follows too. It only moves forward. Every proof of it is a round trip that began here, and what counts is when it
-// began: an answer that has lain in a buffer while the process was frozen proves nothing about the time since.
-type contact struct{ latest atomic.Pointer[time.Time] }
+// Contact is what a node knows of a majority. All is zero if it has never heard from one.
+type Contact struct {
+	// At is the latest instant at which, for all this node knows, a majority was there and followed the leader that it
+	// follows too. It only moves forward.
+	At time.Time
+	// Index is such that who has applied it has seen everything that was committed at At.
+	Index txn.LogIndex
+	// Since is when the contact began that lasts until At without a gap of more than QuorumTimeout. Being in contact is not
+	// knowing what went on before: until it has applied the Index of a contact that is not older than Since, this node
+	// shows what it had before the gap.
+	Since time.Time
+}
 
-func (c *contact) heard(at time.Time) {
+// contact holds the newest one. Every proof of it is a round trip that began here, and what counts is when it began: an
+// answer that has lain in a buffer while the process was frozen proves nothing about the time since.
+type contact struct {
+	gap    time.Duration // more than this between two of them is one
+	latest atomic.Pointer[Contact]
+}
+
+// heard takes a round trip that began at an instant and told the index of something that was committed after it.
+func (c *contact) heard(at time.Time, index txn.LogIndex) {
 	for {
-		latest := c.latest.Load()
-		if latest != nil && !at.After(*latest) || c.latest.CompareAndSwap(latest, &at) {
+		latest, next := c.latest.Load(), &Contact{At: at, Index: index, Since: at}
+		if latest != nil {
+			if !at.After(latest.At) {
+				return
+			}
+			if at.Sub(latest.At) <= c.gap {
+				next.Since = latest.Since
+			}
+		}
+		if c.latest.CompareAndSwap(latest, next) {
 			return
 		}
 	}
 }
 
-// at is zero if there has been none.
-func (c *contact) at() time.Time {
+func (c *contact) read() Contact {
 	if latest := c.latest.Load(); latest != nil {
 		return *latest
 	}
-	return time.Time{}
+	return Contact{}
 }
 
 // quorumHeartbeats is the age of the contact, in heartbeat timeouts, from which on a node is without quorum. Followers
@@ -37,13 +62,18 @@ const quorumHeartbeats = 3
 
 // QuorumTimeout is how long a node may be without contact to a majority before it should count as cut off.
 func (c *Consensus) QuorumTimeout() time.Duration {
-	return quorumHeartbeats * c.config.HeartbeatTimeout
+	return c.config.quorumTimeout()
 }
 
-// QuorumContact returns the latest instant at which a majority was certainly there and reachable from here; zero if
-// it never was. While it is, the instant is seldom older than a third of the heartbeat timeout. It costs one atomic
-// read, and its monotonic reading is that of this process, so a process that has been frozen sees its contact old.
-func (c *Consensus) QuorumContact() time.Time { return c.contact.at() }
+func (c *Config) quorumTimeout() time.Duration { return quorumHeartbeats * c.HeartbeatTimeout }
+
+// Contact returns what this node knows of a majority. While there is one in reach, Contact.At is seldom older than a third
+// of the heartbeat timeout. It costs one atomic read, and the monotonic reading is that of this process, so a process that
+// has been frozen sees its contact old.
+func (c *Consensus) Contact() Contact { return c.contact.read() }
+
+// QuorumContact returns Contact.At.
+func (c *Consensus) QuorumContact() time.Time { return c.contact.read().At }
 
 // runContact asks for a majority when nothing else has lately, until closing.
 func (c *Consensus) runContact() {
@@ -56,7 +86,7 @@ func (c *Consensus) runContact() {
 		case <-c.closing.Done():
 			return
 		}
-		if time.Since(c.contact.at()) < every {
+		if time.Since(c.contact.read().At) < every {
 			continue
 		}
 		ctx, cancel := context.WithTimeout(c.closing, c.config.HeartbeatTimeout)

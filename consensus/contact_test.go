@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/quorate/quorate/txn"
 )
 
 // gatedProxy stands in front of a member's Raft address. Each direction has a gate; closed, it holds bytes back.
@@ -140,4 +142,30 @@ func TestQuorumContact(t *testing.T) {
 	}
 	tc.start(leader)
 	awaitContact(time.Now())
+}
+
+// What a contact tells does not move backwards, and one that comes after a gap begins anew.
+func TestContactSince(t *testing.T) {
+	c := contact{gap: 2 * time.Second}
+	if got := c.read(); got != (Contact{}) {
+		t.Errorf("before the first: %+v", got)
+	}
+	begin := time.Now()
+	at := func(seconds int) time.Time { return begin.Add(time.Duration(seconds) * time.Second) }
+	for _, step := range []struct {
+		at, index          int
+		want, wantI, since int
+	}{
+		{1, 5, 1, 5, 1},
+		{3, 7, 3, 7, 1},
+		{2, 6, 3, 7, 1}, // was slower
+		{6, 9, 6, 9, 6}, // three seconds: frozen, or cut off
+		{5, 8, 6, 9, 6}, // asked before the gap had ended, by then: proves nothing of later
+		{8, 9, 8, 9, 6},
+	} {
+		c.heard(at(step.at), txn.LogIndex(step.index))
+		if got, want := c.read(), (Contact{at(step.want), txn.LogIndex(step.wantI), at(step.since)}); got != want {
+			t.Errorf("heard at %d: %+v, want %+v", step.at, got, want)
+		}
+	}
 }

@@ -19,7 +19,7 @@ func (c *Consensus) ReadIndex(ctx context.Context) (txn.LogIndex, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read index: %w", err)
 	}
-	c.contact.heard(began)
+	c.contact.heard(began, index)
 	return index, nil
 }
 

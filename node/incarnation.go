@@ -175,6 +175,7 @@ func (i *incarnation) run() {
 	part("capture", i.capture.Run)
 	part("sequences", i.reserveSequences)
 	i.running.Go(func() { i.watchHealth(i.ctx) })
+	i.running.Go(func() { i.keepFresh(i.ctx) })
 	if i.n.server != nil {
 		stopped := i.n.server.Done()
 		i.running.Go(func() {

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -65,10 +66,11 @@ type Node struct {
 	strays     prometheus.Counter
 	recoveries prometheus.Counter
 
-	retired   atomic.Bool // see flow.go
-	rejoining sync.Mutex  // held while the node asks to be admitted anew
-	pruning   atomic.Bool // a Horizon entry of ours is under way
-	drained   atomic.Bool // an operator has sent the clients away
+	retired   atomic.Bool               // see flow.go
+	fresh     atomic.Pointer[time.Time] // see access.go; nil: nothing is known to be shown yet
+	rejoining sync.Mutex                // held while the node asks to be admitted anew
+	pruning   atomic.Bool               // a Horizon entry of ours is under way
+	drained   atomic.Bool               // an operator has sent the clients away
 	ctx       context.Context
 	cancel    context.CancelCauseFunc
 	group     *errgroup.Group

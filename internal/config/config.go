@@ -49,7 +49,7 @@ type Config struct {
 	// until they may be older than MaxStaleness, or refuse. Writes are always refused then.
 	ReadsWithoutQuorum string `yaml:"reads_without_quorum,omitempty"`
 	// MaxStaleness is how long after it last heard from a majority a node still answers reads. Then sessions end with
-	// 57P03, and new ones are refused. Default 10s, at least 1s. Up to about 3s, and a change of leader ends sessions.
+	// 57P03, and new ones are refused, until it has heard again and applied what was committed then. Default 10s, at least 1s. Up to about 3s, and a change of leader ends sessions.
 	MaxStaleness time.Duration `yaml:"max_staleness,omitempty"`
 	Log          Log           `yaml:"log,omitempty"`
 	// Tracing is off unless it has an endpoint.
