@@ -62,7 +62,7 @@ func parse(args []string, stderr io.Writer) (plan, error) {
 	duration := flags.Duration("duration", 5*time.Second, "length of one run of pgbench, in whole seconds")
 	rounds := flags.Int("rounds", 3, "rounds of which the median is shown")
 	clients := flags.String("clients", "1,8,32", "numbers of clients")
-	only := flags.String("only", "simple-update,tpcb-like,select-only", "scripts of pgbench to run")
+	only := flags.String("only", "simple-update,tpcb-like,select-only,control-room", "scripts of pgbench to run, and what the control room costs")
 	where := flags.String("where", "disk,tmpfs", "where the data lie: disk, tmpfs ("+tmpfsDir+")")
 	dir := flags.String("dir", "", "parent of the data directories on disk (default: the system's directory for temporary files)")
 	scale := flags.Int("scale", 10, "scale of pgbench's tables, 100,000 rows each")
@@ -101,8 +101,8 @@ func parse(args []string, stderr io.Writer) (plan, error) {
 		p.clients = append(p.clients, n)
 	}
 	for script := range strings.SplitSeq(*only, ",") {
-		if !slices.Contains([]string{"simple-update", "tpcb-like", "select-only"}, script) {
-			return plan{}, fmt.Errorf("-only: %q is not simple-update, tpcb-like or select-only", script)
+		if !slices.Contains([]string{"simple-update", "tpcb-like", "select-only", "control-room"}, script) {
+			return plan{}, fmt.Errorf("-only: %q is not simple-update, tpcb-like, select-only or control-room", script)
 		}
 		p.scripts = append(p.scripts, script)
 	}

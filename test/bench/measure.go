@@ -23,6 +23,8 @@ type side struct {
 	name  string
 	nodes []string // addresses; the clients are split among them
 	stock bool     // its costs are the stock server's
+	// audience: somebody looks at every node meanwhile
+	audience bool
 }
 
 // sample is one run of a side.
@@ -43,14 +45,19 @@ func measure(ctx context.Context, p plan, where place, install pgserver.Install,
 		return err
 	}
 	defer func() { err = errors.Join(err, r.close()) }()
-	writes := slices.DeleteFunc(slices.Clone(p.scripts), func(s string) bool { return s == "select-only" })
+	writes := slices.DeleteFunc(slices.Clone(p.scripts), func(s string) bool { return s == "select-only" || s == "control-room" })
 	if len(writes) > 0 {
 		if err := r.measureWrites(ctx, p, where, writes, stdout, progress); err != nil {
 			return err
 		}
 	}
-	if len(writes) < len(p.scripts) {
+	if slices.Contains(p.scripts, "select-only") {
 		if err := r.measureReads(ctx, p, where, stdout, progress); err != nil {
+			return err
+		}
+	}
+	if slices.Contains(p.scripts, "control-room") {
+		if err := r.measureControl(ctx, p, where, stdout, progress); err != nil {
 			return err
 		}
 	}
@@ -192,6 +199,10 @@ func (r *rig) run(ctx context.Context, p plan, script string, clients int, s sid
 		if before, err = r.read(ctx, s.stock); err != nil {
 			return m, err
 		}
+	}
+	if s.audience {
+		leave := r.watch(ctx, p.binary)
+		defer func() { err = errors.Join(err, leave()) }()
 	}
 	limit, cancel := context.WithTimeout(ctx, p.duration+time.Minute)
 	defer cancel()
