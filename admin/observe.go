@@ -31,6 +31,9 @@ type Observed interface {
 	Conflicts(ctx context.Context, most int) []*pb.Conflict
 	// Happened returns this node's events that a request selects, the newest first.
 	Happened(req *pb.EventsRequest) []*pb.Event
+	// Follow returns this node's events behind a place that a request selects, the oldest first; the place behind all
+	// of them; and a channel that is closed when there are more.
+	Follow(after *pb.EventCursor, req *pb.FollowRequest) ([]*pb.Event, *pb.EventCursor, <-chan struct{})
 }
 
 // The bounds of a page: how many items are returned when the request does not say, and at most.
@@ -243,18 +246,22 @@ func (o *Observe) Events(ctx context.Context, req *pb.EventsRequest) (*pb.Events
 	}
 	own := proto.CloneOf(req)
 	own.Limit, own.Local = uint32(most), true
-	resp := &pb.EventsResponse{Events: o.node.Happened(own)}
+	resp := &pb.EventsResponse{Cursors: []*pb.EventCursor{o.newest()}} // before the events: what comes in between is shown, and known by its number
+	resp.Events = o.node.Happened(own)
 	if req.GetLocal() || req.GetAfter() != 0 {
 		return resp, nil
 	}
-	others, silent, err := askOthers(ctx, o, func(ctx context.Context, c pb.ObserveClient) ([]*pb.Event, error) {
+	others, silent, err := askOthers(ctx, o, func(ctx context.Context, c pb.ObserveClient) ([]*pb.EventsResponse, error) {
 		r, err := c.Events(ctx, own)
-		return r.GetEvents(), err
+		return []*pb.EventsResponse{r}, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	resp.Events, resp.Unreachable = append(resp.Events, others...), silent
+	resp.Unreachable = silent
+	for _, r := range others {
+		resp.Events, resp.Cursors = append(resp.Events, r.GetEvents()...), append(resp.Cursors, r.GetCursors()...)
+	}
 	slices.SortStableFunc(resp.Events, func(a, b *pb.Event) int {
 		return cmp.Or(cmp.Compare(b.TimeMs, a.TimeMs), cmp.Compare(a.Node, b.Node), cmp.Compare(b.Number, a.Number))
 	})

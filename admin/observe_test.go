@@ -3,6 +3,8 @@ package admin_test
 import (
 	"context"
 	"net"
+	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -26,10 +28,15 @@ type observed struct {
 	view    *pb.View
 	changed chan struct{}
 	made    int
+
+	noted []*pb.Event
+	more  chan struct{}
+
+	address string // where it is served
 }
 
 func newObserved(id txn.NodeID) *observed {
-	return &observed{id: id, view: &pb.View{Node: uint32(id), HeartbeatTimeoutSeconds: 1}, changed: make(chan struct{})}
+	return &observed{id: id, view: &pb.View{Node: uint32(id), HeartbeatTimeoutSeconds: 1}, changed: make(chan struct{}), more: make(chan struct{})}
 }
 
 func (o *observed) View() *pb.View {
@@ -78,22 +85,40 @@ func (o *observed) Happened(req *pb.EventsRequest) (all []*pb.Event) {
 	return all
 }
 
+// note adds events.
+func (o *observed) note(n int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for range n {
+		o.noted = append(o.noted, &pb.Event{Node: uint32(o.id), Number: uint64(len(o.noted) + 1)})
+	}
+	close(o.more)
+	o.more = make(chan struct{})
+}
+
+func (o *observed) Follow(after *pb.EventCursor, _ *pb.FollowRequest) ([]*pb.Event, *pb.EventCursor, <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.noted[after.Number:], &pb.EventCursor{Node: uint32(o.id), Number: uint64(len(o.noted))}, o.more
+}
+
 // observe serves some nodes, the third of which does not answer, and returns a client of the first.
-func observe(t *testing.T) (pb.ObserveClient, *observed) {
+func observe(t *testing.T) (client pb.ObserveClient, first, second *observed) {
 	t.Helper()
 	l1, l2, dead := listen(t), listen(t), listen(t)
 	if err := dead.Close(); err != nil {
 		t.Fatal(err)
 	}
 	members := []admin.Member{{ID: 1, GRPC: l1.Addr().String()}, {ID: 2, GRPC: l2.Addr().String()}, {ID: 3, GRPC: dead.Addr().String()}}
-	first := newObserved(1)
-	for id, node := range map[txn.NodeID]*observed{1: first, 2: newObserved(2)} {
+	first, second = newObserved(1), newObserved(2)
+	for id, node := range map[txn.NodeID]*observed{1: first, 2: second} {
 		pool := peers.New(func(other txn.NodeID) (string, bool) { return members[other-1].GRPC, true })
 		o := admin.NewObserve(admin.Config{Node: id, Members: func() []admin.Member { return members }, Peers: pool}, node)
 		s := grpc.NewServer()
 		o.Register(s)
 		var served sync.WaitGroup
 		l := map[txn.NodeID]net.Listener{1: l1, 2: l2}[id]
+		node.address = l.Addr().String()
 		served.Go(func() {
 			if err := s.Serve(l); err != nil {
 				t.Errorf("serve: %v", err)
@@ -108,11 +133,11 @@ func observe(t *testing.T) (pb.ObserveClient, *observed) {
 			}
 		})
 	}
-	return pb.NewObserveClient(dial(t, l1.Addr().String())), first
+	return pb.NewObserveClient(dial(t, l1.Addr().String())), first, second
 }
 
 func TestWatch(t *testing.T) {
-	client, node := observe(t)
+	client, node, _ := observe(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	stream, err := client.Watch(ctx, &pb.WatchRequest{})
@@ -158,7 +183,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestPages(t *testing.T) {
-	client, _ := observe(t)
+	client, _, _ := observe(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	for limit, want := range map[uint32]int{0: admin.DefaultPage, 7: 7, admin.MaxPage: admin.MaxPage} {
@@ -210,5 +235,154 @@ func TestPages(t *testing.T) {
 	defer end()
 	if _, err := client.Events(gone, &pb.EventsRequest{}); status.Code(err) != codes.DeadlineExceeded {
 		t.Errorf("past its deadline: %v", err)
+	}
+}
+
+// Each event of all members comes once, in the order of its member, whatever streams break, and is asked for by place.
+func TestFollow(t *testing.T) {
+	client, first, second := observe(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	first.note(3)
+	second.note(2)
+	latest, err := client.Events(ctx, &pb.EventsRequest{Limit: 1})
+	if err != nil || len(latest.Cursors) != 2 {
+		t.Fatalf("where to follow from: %v, %v", latest, err)
+	}
+	after := make(map[uint32]uint64)
+	for _, c := range latest.Cursors {
+		after[c.Node] = c.Number
+	}
+	if after[1] != 3 || after[2] != 2 {
+		t.Fatalf("follow from %v", after)
+	}
+	// read takes what comes until that many events of each node have come, and breaks the stream.
+	read := func(local bool, want map[uint32]uint64) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		req := &pb.FollowRequest{Local: local}
+		for node, number := range after {
+			req.After = append(req.After, &pb.EventCursor{Node: node, Number: number})
+		}
+		stream, err := client.Follow(ctx, req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for after[1] < want[1] || after[2] < want[2] {
+			r, err := stream.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range r.Events {
+				if after[e.Node]++; e.Number != after[e.Node] {
+					t.Fatalf("event %d of node %d comes where %d should", e.Number, e.Node, after[e.Node])
+				}
+			}
+		}
+		if want[2] == 0 { // nothing comes but the word that there is nothing
+			if r, err := stream.Recv(); err != nil || len(r.Events) != 0 {
+				t.Errorf("%v, %v", r, err)
+			}
+		}
+	}
+	second.note(950)
+	first.note(5)
+	read(false, map[uint32]uint64{1: 8, 2: 300})
+	first.note(1)
+	read(false, map[uint32]uint64{1: 9, 2: 952})
+	second.note(1)
+	first.note(1)
+	read(true, map[uint32]uint64{1: 10})
+	read(false, map[uint32]uint64{1: 10, 2: 953})
+}
+
+// Somebody who opens streams and does not read them costs the node neither memory nor work, and nobody else anything.
+func TestStalledReader(t *testing.T) {
+	client, node, _ := observe(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	const size = 1 << 20 // of a view: more than the connection takes from a server whose client does not read
+	views := func() int {
+		node.mu.Lock()
+		defer node.mu.Unlock()
+		return node.made
+	}
+	change := func(term uint64) {
+		node.set(func(v *pb.View) { v.Term, v.Cluster = term, strings.Repeat("x", size) })
+	}
+	change(1)
+	node.note(100_000)
+	lazy := pb.NewObserveClient(dial(t, node.address)) // on a connection of its own: one that is read takes more and more ahead
+	stalled, err := lazy.Watch(ctx, &pb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stalledEvents, err := lazy.Follow(ctx, &pb.FollowRequest{Local: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for views() == 0 { // until it has begun
+		if ctx.Err() != nil {
+			t.Fatal(ctx.Err())
+		}
+		runtime.Gosched()
+	}
+	heap := func() int64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before, goroutines := heap(), runtime.NumGoroutine()
+
+	// Beside it, another one sees every change.
+	reader, err := client.Watch(ctx, &pb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const changes = 20
+	for term := uint64(2); term < 2+changes; term++ {
+		change(term)
+		for {
+			v, err := reader.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if v.Term == term {
+				break
+			}
+		}
+	}
+	if grown := heap() - before; grown > 8*size {
+		t.Errorf("%d bytes more are in use after %d views of %d bytes", grown, changes, size)
+	}
+	if more := runtime.NumGoroutine() - goroutines; more > 10 {
+		t.Errorf("%d goroutines more", more)
+	}
+
+	// When it reads again, it gets what was under way, and then how things are now: nothing between.
+	for got := 1; ; got++ {
+		v, err := stalled.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v.Term == 1+changes {
+			break
+		}
+		if got > 3 {
+			t.Fatalf("the view of term %d came as message %d", v.Term, got)
+		}
+	}
+	for last := uint64(0); last < 100_000; {
+		r, err := stalledEvents.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range r.Events {
+			if last++; e.Number != last {
+				t.Fatalf("event %d comes after %d", e.Number, last-1)
+			}
+		}
 	}
 }

@@ -9,6 +9,7 @@ package events
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -350,12 +351,15 @@ func (l *Log) Find(q Query) []Event {
 		if e.Number <= q.After || q.Limit > 0 && len(found) == q.Limit {
 			break
 		}
-		if e.Time.Before(q.Since) || e.Severity < q.AtLeast || q.Kind != "" && e.Kind != q.Kind {
-			continue
+		if q.selects(&e) {
+			found = append(found, e)
 		}
-		found = append(found, e)
 	}
 	return found
+}
+
+func (q *Query) selects(e *Event) bool {
+	return !e.Time.Before(q.Since) && e.Severity >= q.AtLeast && (q.Kind == "" || e.Kind == q.Kind)
 }
 
 // Last returns the number of the newest event, 0 if there is none, and a channel that is closed when there is a newer.
@@ -363,4 +367,41 @@ func (l *Log) Last() (uint64, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.next - 1, l.changed
+}
+
+// Cursor is a place in a log: behind the event with this Number. With Number 0 it is before the first event at or after
+// Time. Time is the event's, to the millisecond, and tells whether the log still is the one in which it had that number:
+// the last events before a machine crashed may be lost, and their numbers given again.
+type Cursor struct {
+	Number uint64
+	Time   time.Time
+}
+
+// Follow returns the events behind a cursor that a query selects, the oldest first; the cursor behind all of them, those
+// that are not selected included; and a channel that is closed when there are more. Of the query, After and Limit do not
+// count. What the log does not hold any more is left out.
+func (l *Log) Follow(from Cursor, q Query) (found []Event, to Cursor, changed <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	rest := l.kept
+	at, known := slices.BinarySearchFunc(rest, from.Number, func(e Event, number uint64) int { return cmp.Compare(e.Number, number) })
+	switch {
+	case from.Number == 0:
+		rest = slices.DeleteFunc(slices.Clone(rest), func(e Event) bool { return e.Time.Before(from.Time) })
+	case known && rest[at].Time.UnixMilli() == from.Time.UnixMilli():
+		rest = rest[at+1:]
+	case known || at == len(rest): // another event has the number, or none has it yet: this is another log, or was
+		rest = slices.DeleteFunc(slices.Clone(rest), func(e Event) bool { return !e.Time.After(from.Time) })
+	default: // it is not kept any more
+		rest = rest[at:]
+	}
+	for _, e := range rest {
+		if q.selects(&e) {
+			found = append(found, e)
+		}
+	}
+	if n := len(l.kept); n > 0 {
+		from = Cursor{l.kept[n-1].Number, l.kept[n-1].Time}
+	}
+	return found, from, l.changed
 }

@@ -230,3 +230,62 @@ func TestLongAndOddTexts(t *testing.T) {
 		t.Errorf("read back %+v", got)
 	}
 }
+
+// Whoever follows gets each event once, also over a restart, and over one that has cost the log its last events.
+func TestFollow(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir)
+	began := time.Now()
+	found, at, changed := l.Follow(events.Cursor{Time: began.Add(-time.Minute)}, events.Query{})
+	same(t, found)
+	for _, text := range []string{"a", "b", "c"} {
+		l.Append(events.Event{Severity: events.Info, Kind: text, Text: text})
+	}
+	<-changed
+	found, at, _ = l.Follow(at, events.Query{})
+	same(t, found, "1 a", "2 b", "3 c")
+	all, _, _ := l.Follow(events.Cursor{}, events.Query{})
+	same(t, all, "1 a", "2 b", "3 c")
+	later, _, _ := l.Follow(events.Cursor{Time: found[2].Time.Add(time.Millisecond)}, events.Query{})
+	same(t, later)
+	closeLog(t, l)
+
+	file := filepath.Join(dir, "events")
+	older, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, dir)
+	l.Append(events.Event{Severity: events.Info, Kind: "d", Text: "d"})
+	l.Append(events.Event{Severity: events.Error, Kind: "e", Text: "e"})
+	found, end, _ := l.Follow(at, events.Query{AtLeast: events.Error})
+	same(t, found, "5 e")
+	if none, _, _ := l.Follow(end, events.Query{}); len(none) != 0 || end.Number != 5 {
+		t.Errorf("behind the end, which is %d, there are %v", end.Number, none)
+	}
+	closeLog(t, l)
+
+	// The machine crashes, and what was behind 3 is lost.
+	if err := os.WriteFile(file, older, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, dir)
+	time.Sleep(2 * time.Millisecond) // another millisecond
+	l.Append(events.Event{Severity: events.Info, Kind: "f", Text: "f"})
+	found, _, _ = l.Follow(end, events.Query{})
+	same(t, found, "4 f")
+	l.Append(events.Event{Severity: events.Info, Kind: "g", Text: "g"})
+	found, end, _ = l.Follow(end, events.Query{})
+	same(t, found, "4 f", "5 g")
+	closeLog(t, l)
+
+	// What is too old to be kept is left out.
+	l = open(t, dir)
+	defer closeLog(t, l)
+	for i := range 10_000 {
+		l.Append(events.Event{Severity: events.Info, Kind: "many", Text: fmt.Sprint(i)})
+	}
+	if found, _, _ = l.Follow(end, events.Query{}); len(found) == 0 || found[len(found)-1].Number != 10_005 || found[0].Number <= end.Number+1 {
+		t.Errorf("%d events of 10000, the first of them %v", len(found), found[:min(len(found), 1)])
+	}
+}

@@ -67,6 +67,7 @@ var methods = authz.Methods{
 	pb.Observe_Lookup_FullMethodName:       pki.Read,
 	pb.Observe_Conflicts_FullMethodName:    pki.Read,
 	pb.Observe_Events_FullMethodName:       pki.Read,
+	pb.Observe_Follow_FullMethodName:       pki.Read,
 }
 
 // Limits on what strangers can take up. A handshake is short; connections of those who belong here are few and last.

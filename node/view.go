@@ -160,8 +160,20 @@ func (n *Node) Happened(req *pb.EventsRequest) []*pb.Event {
 	if req.GetSinceMs() > 0 {
 		q.Since = time.UnixMilli(req.GetSinceMs())
 	}
-	var all []*pb.Event
-	for _, e := range n.seen.events.Find(q) {
+	return n.told(n.seen.events.Find(q))
+}
+
+// Follow returns this node's events behind a place that a request selects, the oldest first; the place behind all of
+// them; and a channel that is closed when there are more.
+func (n *Node) Follow(after *pb.EventCursor, req *pb.FollowRequest) ([]*pb.Event, *pb.EventCursor, <-chan struct{}) {
+	found, to, more := n.seen.events.Follow(events.Cursor{Number: after.GetNumber(), Time: time.UnixMilli(after.GetTimeMs())},
+		events.Query{AtLeast: events.Severity(req.GetAtLeast()), Kind: req.GetKind()})
+	return n.told(found), &pb.EventCursor{Node: uint32(n.cfg.Node), Number: to.Number, TimeMs: to.Time.UnixMilli()}, more
+}
+
+// told are this node's events as the API has them.
+func (n *Node) told(found []events.Event) (all []*pb.Event) {
+	for _, e := range found {
 		all = append(all, &pb.Event{
 			Node: uint32(n.cfg.Node), Number: e.Number, TimeMs: e.Time.UnixMilli(), Severity: pb.Severity(e.Severity), Kind: e.Kind,
 			Text: e.Text, Fields: e.Fields, About: uint32(e.Node),

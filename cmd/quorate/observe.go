@@ -239,15 +239,17 @@ func where(c conflictForm) string {
 func eventsCommand() *cobra.Command {
 	var a asking
 	var limit uint32
-	var local bool
+	var local, follow bool
 	var since time.Duration
 	var severity, kind string
 	cmd := &cobra.Command{
 		Use:   "events",
 		Short: "Show what has happened: elections, losses, recoveries",
 		Long: "Show what has happened, as each member has noted it, the newest first: elections, members lost and heard again, quorum lost and regained, " +
-			"recoveries, fencing. Members keep their events on disk, some thousands each. Times are of the clock of the member that noted it.",
-		Example: "  quorate events --config /etc/quorate.yaml --since 1h --severity warning",
+			"recoveries, fencing. Members keep their events on disk, some thousands each. Times are of the clock of the member that noted it.\n\n" +
+			"With --follow the latest events come first, the oldest of them first, and then those that happen, until interrupted; each member's in their order and " +
+			"each once, also when the asked node, or another, was away in between. With -o json each event is a line, with -o yaml a document.",
+		Example: "  quorate events --config /etc/quorate.yaml --since 1h --severity warning\n  quorate events --address 127.0.0.1:6201 --follow -o json | jq .text",
 		GroupID: groupLook,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -258,11 +260,15 @@ func eventsCommand() *cobra.Command {
 			if since < 0 {
 				return usage("since", since.String(), "must not be negative")
 			}
+			req := &pb.EventsRequest{Limit: limit, Local: local, AtLeast: least, Kind: kind}
+			if since > 0 {
+				req.SinceMs = time.Now().Add(-since).UnixMilli()
+			}
+			if follow {
+				f := follower{asking: &a, out: cmd.OutOrStdout(), log: cmd.ErrOrStderr()}
+				return f.run(cmd.Context(), req)
+			}
 			return a.ask(cmd.Context(), "get events", func(ctx context.Context, conn *grpc.ClientConn) error {
-				req := &pb.EventsRequest{Limit: limit, Local: local, AtLeast: least, Kind: kind}
-				if since > 0 {
-					req.SinceMs = time.Now().Add(-since).UnixMilli()
-				}
 				r, err := pb.NewObserveClient(conn).Events(ctx, req)
 				if err != nil {
 					return err
@@ -279,8 +285,9 @@ func eventsCommand() *cobra.Command {
 		},
 	}
 	a.flags(cmd)
-	cmd.Flags().Uint32Var(&limit, "limit", 50, "how many to show, at most 1000")
+	cmd.Flags().Uint32Var(&limit, "limit", 50, "how many to show, at most 1000; with --follow, how many of those that have happened")
 	cmd.Flags().BoolVar(&local, "local", false, "only those that the asked node has noted")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with those that happen")
 	cmd.Flags().DurationVar(&since, "since", 0, "only those of the latest `time`, such as 90m; 0: all")
 	cmd.Flags().StringVar(&severity, "severity", "info", "at least this: info, warning or error")
 	cmd.Flags().StringVar(&kind, "kind", "", "only this `kind`, such as leader or quorum_lost")
@@ -428,14 +435,19 @@ func (s *screen) links(v viewForm) {
 func (s *screen) events(all []eventForm) {
 	var rows [][]cell
 	for _, e := range all {
-		as := map[string]style{"warning": fair, "error": bad}[e.Severity]
-		words := e.Text
-		if again := e.Fields["repetitions"]; again != "" {
-			words += " (and " + again + " times more)"
-		}
-		rows = append(rows, []cell{clock(e.Time), number(e.Node), {text: e.Severity, style: as}, text(e.Kind), text(words)})
+		rows = append(rows, e.cells())
 	}
 	s.list("no events", []string{"time", "node", "severity", "kind", "what"}, rows)
+}
+
+// cells are an event's row in a table.
+func (e eventForm) cells() []cell {
+	as := map[string]style{"warning": fair, "error": bad}[e.Severity]
+	words := e.Text
+	if again := e.Fields["repetitions"]; again != "" {
+		words += " (and " + again + " times more)"
+	}
+	return []cell{clock(e.Time), number(e.Node), {text: e.Severity, style: as}, text(e.Kind), text(words)}
 }
 
 func (s *screen) list(none string, head []string, rows [][]cell) {

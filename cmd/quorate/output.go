@@ -173,28 +173,35 @@ func (s *screen) table(head []string, rows [][]cell) {
 	widths := make([]int, len(head))
 	for _, row := range all {
 		for i := range row {
-			row[i].text = printable(row[i].text)
-			widths[i] = max(widths[i], utf8.RuneCountInString(row[i].text))
+			widths[i] = max(widths[i], utf8.RuneCountInString(printable(row[i].text)))
 		}
 	}
 	for _, row := range all {
-		var line strings.Builder
-		for i, c := range row {
-			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text))
-			if i > 0 {
-				line.WriteString("  ")
-			}
-			switch {
-			case c.right:
-				line.WriteString(pad + s.paint(c.text, c.style))
-			case i == len(row)-1:
-				line.WriteString(s.paint(c.text, c.style))
-			default:
-				line.WriteString(s.paint(c.text, c.style) + pad)
-			}
-		}
-		s.text.WriteString(strings.TrimRight(line.String(), " ") + "\n")
+		s.aligned(row, widths)
 	}
+}
+
+// aligned writes a row in columns of at least these widths; what has no width ends the line.
+func (s *screen) aligned(row []cell, widths []int) {
+	var line strings.Builder
+	for i, c := range row {
+		words, pad := printable(c.text), ""
+		if i < len(widths) {
+			pad = strings.Repeat(" ", max(0, widths[i]-utf8.RuneCountInString(words)))
+		}
+		if i > 0 {
+			line.WriteString("  ")
+		}
+		switch {
+		case c.right:
+			line.WriteString(pad + s.paint(words, c.style))
+		case i == len(row)-1:
+			line.WriteString(s.paint(words, c.style))
+		default:
+			line.WriteString(s.paint(words, c.style) + pad)
+		}
+	}
+	s.text.WriteString(strings.TrimRight(line.String(), " ") + "\n")
 }
 
 // printable keeps text from the cluster, values of users' keys among it, from acting on the terminal.

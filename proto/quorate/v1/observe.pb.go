@@ -1043,9 +1043,11 @@ func (x *EventsRequest) GetAfter() uint64 {
 }
 
 type EventsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Events        []*Event               `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
-	Unreachable   []*Unreachable         `protobuf:"bytes,2,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Events      []*Event               `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	Unreachable []*Unreachable         `protobuf:"bytes,2,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	// Where to follow from: of each member that has answered, the place behind everything that it had noted.
+	Cursors       []*EventCursor `protobuf:"bytes,3,rep,name=cursors,proto3" json:"cursors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1094,6 +1096,196 @@ func (x *EventsResponse) GetUnreachable() []*Unreachable {
 	return nil
 }
 
+func (x *EventsResponse) GetCursors() []*EventCursor {
+	if x != nil {
+		return x.Cursors
+	}
+	return nil
+}
+
+// EventCursor is a place among the events of a member: behind the one with that number.
+type EventCursor struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Number        uint64                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`               // 0: none
+	TimeMs        int64                  `protobuf:"varint,3,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"` // of that event
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventCursor) Reset() {
+	*x = EventCursor{}
+	mi := &file_quorate_v1_observe_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventCursor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventCursor) ProtoMessage() {}
+
+func (x *EventCursor) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_observe_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventCursor.ProtoReflect.Descriptor instead.
+func (*EventCursor) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_observe_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *EventCursor) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *EventCursor) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *EventCursor) GetTimeMs() int64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+type FollowRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Local   bool                   `protobuf:"varint,1,opt,name=local,proto3" json:"local,omitempty"` // only those of the answering node
+	AtLeast Severity               `protobuf:"varint,2,opt,name=at_least,json=atLeast,proto3,enum=quorate.v1.Severity" json:"at_least,omitempty"`
+	Kind    string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"` // only these
+	After   []*EventCursor         `protobuf:"bytes,4,rep,name=after,proto3" json:"after,omitempty"`
+	// Of a member that is not in after: its events from this time on, by its clock.
+	SinceMs       int64 `protobuf:"varint,5,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowRequest) Reset() {
+	*x = FollowRequest{}
+	mi := &file_quorate_v1_observe_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowRequest) ProtoMessage() {}
+
+func (x *FollowRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_observe_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowRequest.ProtoReflect.Descriptor instead.
+func (*FollowRequest) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_observe_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *FollowRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
+}
+
+func (x *FollowRequest) GetAtLeast() Severity {
+	if x != nil {
+		return x.AtLeast
+	}
+	return Severity_SEVERITY_UNSPECIFIED
+}
+
+func (x *FollowRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *FollowRequest) GetAfter() []*EventCursor {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *FollowRequest) GetSinceMs() int64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+type FollowResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The oldest of each member first. None: nothing has happened, which is said once a second.
+	Events        []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowResponse) Reset() {
+	*x = FollowResponse{}
+	mi := &file_quorate_v1_observe_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowResponse) ProtoMessage() {}
+
+func (x *FollowResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_observe_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowResponse.ProtoReflect.Descriptor instead.
+func (*FollowResponse) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_observe_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *FollowResponse) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
 // Event is something that has happened, as one node saw it.
 type Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1111,7 +1303,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_quorate_v1_observe_proto_msgTypes[14]
+	mi := &file_quorate_v1_observe_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1315,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_v1_observe_proto_msgTypes[14]
+	mi := &file_quorate_v1_observe_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1328,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_quorate_v1_observe_proto_rawDescGZIP(), []int{14}
+	return file_quorate_v1_observe_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Event) GetNode() uint32 {
@@ -1282,10 +1474,23 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\bat_least\x18\x03 \x01(\x0e2\x14.quorate.v1.SeverityR\aatLeast\x12\x19\n" +
 	"\bsince_ms\x18\x04 \x01(\x03R\asinceMs\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x14\n" +
-	"\x05after\x18\x06 \x01(\x04R\x05after\"v\n" +
+	"\x05after\x18\x06 \x01(\x04R\x05after\"\xa9\x01\n" +
 	"\x0eEventsResponse\x12)\n" +
 	"\x06events\x18\x01 \x03(\v2\x11.quorate.v1.EventR\x06events\x129\n" +
-	"\vunreachable\x18\x02 \x03(\v2\x17.quorate.v1.UnreachableR\vunreachable\"\xae\x02\n" +
+	"\vunreachable\x18\x02 \x03(\v2\x17.quorate.v1.UnreachableR\vunreachable\x121\n" +
+	"\acursors\x18\x03 \x03(\v2\x17.quorate.v1.EventCursorR\acursors\"R\n" +
+	"\vEventCursor\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x17\n" +
+	"\atime_ms\x18\x03 \x01(\x03R\x06timeMs\"\xb4\x01\n" +
+	"\rFollowRequest\x12\x14\n" +
+	"\x05local\x18\x01 \x01(\bR\x05local\x12/\n" +
+	"\bat_least\x18\x02 \x01(\x0e2\x14.quorate.v1.SeverityR\aatLeast\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12-\n" +
+	"\x05after\x18\x04 \x03(\v2\x17.quorate.v1.EventCursorR\x05after\x12\x19\n" +
+	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\";\n" +
+	"\x0eFollowResponse\x12)\n" +
+	"\x06events\x18\x01 \x03(\v2\x11.quorate.v1.EventR\x06events\"\xae\x02\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x17\n" +
@@ -1302,13 +1507,14 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSEVERITY_INFO\x10\x01\x12\x14\n" +
 	"\x10SEVERITY_WARNING\x10\x02\x12\x12\n" +
-	"\x0eSEVERITY_ERROR\x10\x032\xdf\x02\n" +
+	"\x0eSEVERITY_ERROR\x10\x032\xa2\x03\n" +
 	"\aObserve\x125\n" +
 	"\x05Watch\x12\x18.quorate.v1.WatchRequest\x1a\x10.quorate.v1.View0\x01\x12Q\n" +
 	"\fTransactions\x12\x1f.quorate.v1.TransactionsRequest\x1a .quorate.v1.TransactionsResponse\x12?\n" +
 	"\x06Lookup\x12\x19.quorate.v1.LookupRequest\x1a\x1a.quorate.v1.LookupResponse\x12H\n" +
 	"\tConflicts\x12\x1c.quorate.v1.ConflictsRequest\x1a\x1d.quorate.v1.ConflictsResponse\x12?\n" +
-	"\x06Events\x12\x19.quorate.v1.EventsRequest\x1a\x1a.quorate.v1.EventsResponseB7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
+	"\x06Events\x12\x19.quorate.v1.EventsRequest\x1a\x1a.quorate.v1.EventsResponse\x12A\n" +
+	"\x06Follow\x12\x19.quorate.v1.FollowRequest\x1a\x1a.quorate.v1.FollowResponse0\x01B7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
 
 var (
 	file_quorate_v1_observe_proto_rawDescOnce sync.Once
@@ -1323,7 +1529,7 @@ func file_quorate_v1_observe_proto_rawDescGZIP() []byte {
 }
 
 var file_quorate_v1_observe_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_quorate_v1_observe_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_quorate_v1_observe_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_quorate_v1_observe_proto_goTypes = []any{
 	(Severity)(0),                // 0: quorate.v1.Severity
 	(*WatchRequest)(nil),         // 1: quorate.v1.WatchRequest
@@ -1340,15 +1546,18 @@ var file_quorate_v1_observe_proto_goTypes = []any{
 	(*Conflict)(nil),             // 12: quorate.v1.Conflict
 	(*EventsRequest)(nil),        // 13: quorate.v1.EventsRequest
 	(*EventsResponse)(nil),       // 14: quorate.v1.EventsResponse
-	(*Event)(nil),                // 15: quorate.v1.Event
-	nil,                          // 16: quorate.v1.Event.FieldsEntry
-	(*Health)(nil),               // 17: quorate.v1.Health
-	(*Heard)(nil),                // 18: quorate.v1.Heard
+	(*EventCursor)(nil),          // 15: quorate.v1.EventCursor
+	(*FollowRequest)(nil),        // 16: quorate.v1.FollowRequest
+	(*FollowResponse)(nil),       // 17: quorate.v1.FollowResponse
+	(*Event)(nil),                // 18: quorate.v1.Event
+	nil,                          // 19: quorate.v1.Event.FieldsEntry
+	(*Health)(nil),               // 20: quorate.v1.Health
+	(*Heard)(nil),                // 21: quorate.v1.Heard
 }
 var file_quorate_v1_observe_proto_depIdxs = []int32{
 	3,  // 0: quorate.v1.View.nodes:type_name -> quorate.v1.NodeView
-	17, // 1: quorate.v1.NodeView.health:type_name -> quorate.v1.Health
-	18, // 2: quorate.v1.NodeView.hears:type_name -> quorate.v1.Heard
+	20, // 1: quorate.v1.NodeView.health:type_name -> quorate.v1.Health
+	21, // 2: quorate.v1.NodeView.hears:type_name -> quorate.v1.Heard
 	6,  // 3: quorate.v1.TransactionsResponse.transactions:type_name -> quorate.v1.TransactionInFlight
 	7,  // 4: quorate.v1.TransactionsResponse.unreachable:type_name -> quorate.v1.Unreachable
 	6,  // 5: quorate.v1.LookupResponse.in_flight:type_name -> quorate.v1.TransactionInFlight
@@ -1356,25 +1565,31 @@ var file_quorate_v1_observe_proto_depIdxs = []int32{
 	12, // 7: quorate.v1.ConflictsResponse.conflicts:type_name -> quorate.v1.Conflict
 	7,  // 8: quorate.v1.ConflictsResponse.unreachable:type_name -> quorate.v1.Unreachable
 	0,  // 9: quorate.v1.EventsRequest.at_least:type_name -> quorate.v1.Severity
-	15, // 10: quorate.v1.EventsResponse.events:type_name -> quorate.v1.Event
+	18, // 10: quorate.v1.EventsResponse.events:type_name -> quorate.v1.Event
 	7,  // 11: quorate.v1.EventsResponse.unreachable:type_name -> quorate.v1.Unreachable
-	0,  // 12: quorate.v1.Event.severity:type_name -> quorate.v1.Severity
-	16, // 13: quorate.v1.Event.fields:type_name -> quorate.v1.Event.FieldsEntry
-	1,  // 14: quorate.v1.Observe.Watch:input_type -> quorate.v1.WatchRequest
-	4,  // 15: quorate.v1.Observe.Transactions:input_type -> quorate.v1.TransactionsRequest
-	8,  // 16: quorate.v1.Observe.Lookup:input_type -> quorate.v1.LookupRequest
-	10, // 17: quorate.v1.Observe.Conflicts:input_type -> quorate.v1.ConflictsRequest
-	13, // 18: quorate.v1.Observe.Events:input_type -> quorate.v1.EventsRequest
-	2,  // 19: quorate.v1.Observe.Watch:output_type -> quorate.v1.View
-	5,  // 20: quorate.v1.Observe.Transactions:output_type -> quorate.v1.TransactionsResponse
-	9,  // 21: quorate.v1.Observe.Lookup:output_type -> quorate.v1.LookupResponse
-	11, // 22: quorate.v1.Observe.Conflicts:output_type -> quorate.v1.ConflictsResponse
-	14, // 23: quorate.v1.Observe.Events:output_type -> quorate.v1.EventsResponse
-	19, // [19:24] is the sub-list for method output_type
-	14, // [14:19] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	15, // 12: quorate.v1.EventsResponse.cursors:type_name -> quorate.v1.EventCursor
+	0,  // 13: quorate.v1.FollowRequest.at_least:type_name -> quorate.v1.Severity
+	15, // 14: quorate.v1.FollowRequest.after:type_name -> quorate.v1.EventCursor
+	18, // 15: quorate.v1.FollowResponse.events:type_name -> quorate.v1.Event
+	0,  // 16: quorate.v1.Event.severity:type_name -> quorate.v1.Severity
+	19, // 17: quorate.v1.Event.fields:type_name -> quorate.v1.Event.FieldsEntry
+	1,  // 18: quorate.v1.Observe.Watch:input_type -> quorate.v1.WatchRequest
+	4,  // 19: quorate.v1.Observe.Transactions:input_type -> quorate.v1.TransactionsRequest
+	8,  // 20: quorate.v1.Observe.Lookup:input_type -> quorate.v1.LookupRequest
+	10, // 21: quorate.v1.Observe.Conflicts:input_type -> quorate.v1.ConflictsRequest
+	13, // 22: quorate.v1.Observe.Events:input_type -> quorate.v1.EventsRequest
+	16, // 23: quorate.v1.Observe.Follow:input_type -> quorate.v1.FollowRequest
+	2,  // 24: quorate.v1.Observe.Watch:output_type -> quorate.v1.View
+	5,  // 25: quorate.v1.Observe.Transactions:output_type -> quorate.v1.TransactionsResponse
+	9,  // 26: quorate.v1.Observe.Lookup:output_type -> quorate.v1.LookupResponse
+	11, // 27: quorate.v1.Observe.Conflicts:output_type -> quorate.v1.ConflictsResponse
+	14, // 28: quorate.v1.Observe.Events:output_type -> quorate.v1.EventsResponse
+	17, // 29: quorate.v1.Observe.Follow:output_type -> quorate.v1.FollowResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_quorate_v1_observe_proto_init() }
@@ -1390,7 +1605,7 @@ func file_quorate_v1_observe_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_v1_observe_proto_rawDesc), len(file_quorate_v1_observe_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

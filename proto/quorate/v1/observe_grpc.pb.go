@@ -29,6 +29,7 @@ const (
 	Observe_Lookup_FullMethodName       = "/quorate.v1.Observe/Lookup"
 	Observe_Conflicts_FullMethodName    = "/quorate.v1.Observe/Conflicts"
 	Observe_Events_FullMethodName       = "/quorate.v1.Observe/Events"
+	Observe_Follow_FullMethodName       = "/quorate.v1.Observe/Follow"
 )
 
 // ObserveClient is the client API for Observe service.
@@ -49,6 +50,10 @@ type ObserveClient interface {
 	Conflicts(ctx context.Context, in *ConflictsRequest, opts ...grpc.CallOption) (*ConflictsResponse, error)
 	// Events returns what has happened, the newest first.
 	Events(ctx context.Context, in *EventsRequest, opts ...grpc.CallOption) (*EventsResponse, error)
+	// Follow sends events as they happen, of all members, each member's in their order and each once. A member that is not
+	// reached is asked again until it is, and goes on where it was. Whoever calls again with the place behind what it has
+	// got misses nothing and gets nothing twice, on whatever member it calls. What a member has dropped since is left out.
+	Follow(ctx context.Context, in *FollowRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowResponse], error)
 }
 
 type observeClient struct {
@@ -118,6 +123,25 @@ func (c *observeClient) Events(ctx context.Context, in *EventsRequest, opts ...g
 	return out, nil
 }
 
+func (c *observeClient) Follow(ctx context.Context, in *FollowRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Observe_ServiceDesc.Streams[1], Observe_Follow_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FollowRequest, FollowResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Observe_FollowClient = grpc.ServerStreamingClient[FollowResponse]
+
 // ObserveServer is the server API for Observe service.
 // All implementations must embed UnimplementedObserveServer
 // for forward compatibility.
@@ -136,6 +160,10 @@ type ObserveServer interface {
 	Conflicts(context.Context, *ConflictsRequest) (*ConflictsResponse, error)
 	// Events returns what has happened, the newest first.
 	Events(context.Context, *EventsRequest) (*EventsResponse, error)
+	// Follow sends events as they happen, of all members, each member's in their order and each once. A member that is not
+	// reached is asked again until it is, and goes on where it was. Whoever calls again with the place behind what it has
+	// got misses nothing and gets nothing twice, on whatever member it calls. What a member has dropped since is left out.
+	Follow(*FollowRequest, grpc.ServerStreamingServer[FollowResponse]) error
 	mustEmbedUnimplementedObserveServer()
 }
 
@@ -160,6 +188,9 @@ func (UnimplementedObserveServer) Conflicts(context.Context, *ConflictsRequest) 
 }
 func (UnimplementedObserveServer) Events(context.Context, *EventsRequest) (*EventsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Events not implemented")
+}
+func (UnimplementedObserveServer) Follow(*FollowRequest, grpc.ServerStreamingServer[FollowResponse]) error {
+	return status.Error(codes.Unimplemented, "method Follow not implemented")
 }
 func (UnimplementedObserveServer) mustEmbedUnimplementedObserveServer() {}
 func (UnimplementedObserveServer) testEmbeddedByValue()                 {}
@@ -265,6 +296,17 @@ func _Observe_Events_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Observe_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(FollowRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ObserveServer).Follow(m, &grpc.GenericServerStream[FollowRequest, FollowResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Observe_FollowServer = grpc.ServerStreamingServer[FollowResponse]
+
 // Observe_ServiceDesc is the grpc.ServiceDesc for Observe service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -293,6 +335,11 @@ var Observe_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Watch",
 			Handler:       _Observe_Watch_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Follow",
+			Handler:       _Observe_Follow_Handler,
 			ServerStreams: true,
 		},
 	},

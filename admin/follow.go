@@ -1,0 +1,146 @@
+package admin
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/quorate/quorate/internal/peers"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/txn"
+)
+
+const (
+	// followRetry is how long to wait before a member is asked again.
+	followRetry = time.Second
+	// maxFollowed is how many events are sent in one message. An event has some KiB at most, a message 4 MiB.
+	maxFollowed = 100
+)
+
+// newest is the place behind all that this node has noted.
+func (o *Observe) newest() *pb.EventCursor {
+	_, at, _ := o.node.Follow(&pb.EventCursor{TimeMs: time.Now().UnixMilli()}, &pb.FollowRequest{})
+	return at
+}
+
+// Follow implements the RPC. A goroutine for each member hands over what it gets; who reads slowly holds them up, and what
+// they have not read waits in the members' logs of events, which are bounded.
+func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServer[pb.FollowResponse]) error {
+	var group sync.WaitGroup
+	defer group.Wait()
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	defer context.AfterFunc(o.closing, cancel)()
+	places := make(map[txn.NodeID]*pb.EventCursor)
+	for _, c := range req.GetAfter() {
+		places[txn.NodeID(c.Node)] = c
+	}
+	came := make(chan []*pb.Event)
+	following := make(map[txn.NodeID]context.CancelFunc) // of the members that are followed
+	begin := func(id txn.NodeID) {
+		one, end := context.WithCancel(ctx)
+		following[id] = end
+		at := places[id]
+		if at == nil {
+			at = &pb.EventCursor{Node: uint32(id), TimeMs: req.GetSinceMs()}
+		}
+		if id == o.cfg.Node {
+			group.Go(func() { o.followOwn(one, at, req, came) })
+		} else {
+			group.Go(func() { o.followMember(one, id, at, req, came) })
+		}
+	}
+	begin(o.cfg.Node)
+	refresh := time.NewTicker(WatchRefresh)
+	defer refresh.Stop()
+	for {
+		if !req.GetLocal() {
+			members := map[txn.NodeID]bool{o.cfg.Node: true}
+			for _, m := range o.cfg.Members() {
+				members[m.ID] = true
+				if following[m.ID] == nil {
+					begin(m.ID)
+				}
+			}
+			for id, end := range following {
+				if !members[id] {
+					end()
+					delete(following, id)
+				}
+			}
+		}
+		var r pb.FollowResponse
+		select {
+		case r.Events = <-came:
+		case <-refresh.C:
+		case <-ctx.Done():
+			if o.closing.Err() != nil {
+				return status.Error(codes.Unavailable, "the node is stopping")
+			}
+			return status.FromContextError(ctx.Err()).Err()
+		}
+		if err := stream.Send(&r); err != nil {
+			return err
+		}
+	}
+}
+
+// followOwn hands over this node's events behind a place until ctx ends.
+func (o *Observe) followOwn(ctx context.Context, at *pb.EventCursor, req *pb.FollowRequest, to chan<- []*pb.Event) {
+	for {
+		found, next, more := o.node.Follow(at, req)
+		for len(found) > 0 {
+			n := min(len(found), maxFollowed)
+			select {
+			case to <- found[:n]:
+			case <-ctx.Done():
+				return
+			}
+			found = found[n:]
+		}
+		at = next
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// followMember hands over another member's events behind a place until ctx ends. While it is not reached, it is asked
+// again and again.
+func (o *Observe) followMember(ctx context.Context, id txn.NodeID, at *pb.EventCursor, req *pb.FollowRequest, to chan<- []*pb.Event) {
+	own := proto.CloneOf(req)
+	own.Local = true
+	for {
+		own.After = []*pb.EventCursor{at}
+		if conn, err := o.cfg.Peers.Conn(id); err == nil {
+			// That it has ended is all there is to know: who is not reached stands in the other answers.
+			_ = peers.Receive(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[pb.FollowResponse], error) {
+				return pb.NewObserveClient(conn).Follow(ctx, own)
+			}, func(r *pb.FollowResponse) error {
+				if len(r.Events) == 0 {
+					return nil
+				}
+				select {
+				case to <- r.Events:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+				last := r.Events[len(r.Events)-1]
+				at = &pb.EventCursor{Node: last.Node, Number: last.Number, TimeMs: last.TimeMs}
+				return nil
+			})
+		}
+		select {
+		case <-time.After(followRetry):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
