@@ -35,7 +35,7 @@ bench-clone:
 # The workloads of test/cluster, for as long as the issue asks instead of seconds. STRESS is the length of each.
 STRESS ?= 60s
 stress:
-	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -timeout 2h -v -run TestStress ./test/cluster
+	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -timeout 2h -v -run 'TestStress|TestRecoveryAttached' ./test/cluster
 
 # A cluster under load, broken in every way that test/faults knows, for as long as DURATION. The same SEED breaks the same
 # things at the same times; without one it is drawn. Root has faults of the network too.

@@ -37,6 +37,9 @@ type Options struct {
 	Network *network.Network
 	// Certificates has the nodes run as in a Network, each by itself and all with certificates, although on loopback.
 	Certificates bool
+	// Supervised has the nodes attach to PostgreSQL servers that somebody else starts, and starts again when they have ended.
+	// The nodes run as with Certificates.
+	Supervised bool
 	// Certify makes the certificates in a directory, in place of the cluster: ca, node<i>, and operator, who may do
 	// everything.
 	Certify func(dir string) error
@@ -45,7 +48,7 @@ type Options struct {
 }
 
 // separate reports whether the nodes are by themselves; then they have certificates, and ask clients for a password.
-func (o Options) separate() bool { return o.Network != nil || o.Certificates }
+func (o Options) separate() bool { return o.Network != nil || o.Certificates || o.Supervised }
 
 // Cluster is a running "quorate demo", or as many "quorate run". Its methods may be called from several goroutines, except those that start
 // and stop processes.
@@ -59,6 +62,8 @@ type Cluster struct {
 	demo    *process
 	ports   io.Closer        // keeps others from them
 	singles map[int]*process // nodes started by RunNode
+
+	supervisor *supervisor // of the servers that the nodes are attached to; nil: the nodes have their own
 
 	attached []Endpoint // where the nodes are when they are not ours; see Attach
 
@@ -147,6 +152,7 @@ func (c *Cluster) Stop() error {
 		errs = append(errs, c.demo.stop("demo"))
 		c.demo = nil
 	}
+	errs = append(errs, c.stopServers())
 	left, err := ProcessesUnder(c.Dir)
 	errs = append(errs, err)
 	for _, p := range left {
@@ -161,6 +167,7 @@ func (c *Cluster) Destroy() error {
 	if c.Attached() || c.root == "" {
 		return nil
 	}
+	stopped := c.stopServers()
 	// More than once: a postmaster that is killed leaves children that notice it a moment later.
 	for range 100 {
 		left, err := ProcessesUnder(c.root)
@@ -184,7 +191,7 @@ func (c *Cluster) Destroy() error {
 	for _, p := range c.singles {
 		<-p.done
 	}
-	err := errors.Join(os.RemoveAll(c.root), c.ports.Close())
+	err := errors.Join(stopped, os.RemoveAll(c.root), c.ports.Close())
 	c.root = ""
 	return err
 }
@@ -198,6 +205,11 @@ func (c *Cluster) KillNode(ctx context.Context, i int) error {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		return fmt.Errorf("kill node %d: %w", i, err)
 	}
+	return c.AwaitEnd(ctx, pid)
+}
+
+// AwaitEnd waits until a process is gone, with its files and locks.
+func (*Cluster) AwaitEnd(ctx context.Context, pid int) error {
 	return poll(ctx, func() error {
 		p, err := ReadProcess(pid)
 		if errors.Is(err, os.ErrNotExist) {
@@ -208,7 +220,7 @@ func (c *Cluster) KillNode(ctx context.Context, i int) error {
 		if err == nil && p.Zombie && len(threads) <= 1 {
 			return nil
 		}
-		return errors.Join(err, fmt.Errorf("kill node %d: process %d still runs", i, pid))
+		return errors.Join(err, fmt.Errorf("await the end of process %d: it still runs", pid))
 	})
 }
 

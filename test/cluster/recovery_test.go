@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,17 +25,7 @@ import (
 // TestRecovery kills parts of one cluster, one after the other and under load: everything that was acknowledged is
 // there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
 func TestRecovery(t *testing.T) {
-	c, _ := private(t, cluster.Options{Binary: command(t, withRace)})
-	ctx := t.Context() // each fault has a bound of its own
-	create(t, ctx, c,
-		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
-		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",
-		"CREATE TABLE spots (id int PRIMARY KEY, v text NOT NULL)",
-		"INSERT INTO spots SELECT i, '' FROM generate_series(1, 10) i")
-	for _, s := range []struct {
-		name string
-		run  func(t *testing.T, ctx context.Context, c *cluster.Cluster)
-	}{
+	recoverFrom(t, cluster.Options{Binary: command(t, withRace)}, []fault{
 		{"PostgresKilled", postgresKilled},
 		{"BackendKilled", backendKilled},
 		{"AsynchronousCommitsLost", asynchronousCommitsLost},
@@ -50,12 +38,54 @@ func TestRecovery(t *testing.T) {
 		{"ConnectionsExhausted", connectionsExhausted},
 		{"PostgresDiskFull", postgresDiskFull},
 		{"SpillDiskFull", spillDiskFull},
+		{"RaftLogDiskFull", raftLogDiskFull},
+		{"WALDiskFull", walDiskFull},
 		{"Diverged", diverged},
-	} {
-		if !t.Run(s.name, func(t *testing.T) {
+	})
+}
+
+// TestRecoveryAttached is the same for nodes that are attached to servers which somebody else starts again. What needs more
+// than that is for make stress.
+func TestRecoveryAttached(t *testing.T) {
+	faults := []fault{
+		{"PostgresKilled", postgresKilled},
+		{"NodeKilled", nodeKilled},
+	}
+	if os.Getenv(stressVariable) != "" {
+		faults = append(faults, []fault{
+			{"BackendKilled", backendKilled},
+			{"AsynchronousCommitsLost", asynchronousCommitsLost},
+			{"PostgresCannotStart", postgresCannotStart},
+			{"FollowerKilled", followerKilled},
+			{"LeaderKilled", leaderKilled},
+			{"AllKilled", allKilled},
+			{"SessionDiesBeforeItsTurn", sessionDiesBeforeItsTurn},
+			{"ConnectionsExhausted", connectionsExhausted},
+			{"SpillDiskFull", spillDiskFull},
+			{"Diverged", diverged},
+		}...)
+	}
+	recoverFrom(t, cluster.Options{Binary: command(t, withRace), Supervised: true}, faults)
+}
+
+type fault struct {
+	name string
+	run  func(t *testing.T, ctx context.Context, c *cluster.Cluster)
+}
+
+func recoverFrom(t *testing.T, o cluster.Options, faults []fault) {
+	c, _ := private(t, o)
+	ctx := t.Context() // each fault has a bound of its own
+	create(t, ctx, c,
+		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
+		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",
+		"CREATE TABLE spots (id int PRIMARY KEY, v text NOT NULL)",
+		"INSERT INTO spots SELECT i, '' FROM generate_series(1, 10) i")
+	for _, f := range faults {
+		if !t.Run(f.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(ctx, testTimeout)
 			defer cancel()
-			s.run(t, ctx, c)
+			f.run(t, ctx, c)
 			if err := c.Verify(ctx); err != nil {
 				t.Error(err)
 			}
@@ -387,7 +417,7 @@ func postgresCannotStart(t *testing.T, ctx context.Context, c *cluster.Cluster) 
 	restore := spoil(t, c, 2)
 	pid, err := c.PostmasterPID(2)
 	kill(t, pid, err)
-	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running: start PostgreSQL")
+	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running")
 	_, err = c.Connect(ctx, 2)
 	if cluster.SQLState(err) != "57P03" || !strings.Contains(err.Error(), "the node's PostgreSQL server is not running") {
 		t.Errorf("connect to the node meanwhile: %v", err)
@@ -399,7 +429,7 @@ func postgresCannotStart(t *testing.T, ctx context.Context, c *cluster.Cluster) 
 	// A sidecar that starts now does not give up either.
 	check(t, c.KillNode(ctx, 2))
 	check(t, c.StartNode(2))
-	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running: start PostgreSQL")
+	awaitState(t, ctx, c, 2, "recovering", "the node's PostgreSQL server is not running")
 	l.awaitCommits(ctx, 20, 1, 3)
 	restore()
 	l.awaitCommits(ctx, 20, 2)
@@ -658,19 +688,13 @@ func diverged(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 // metric is the value of one of a node's metrics, "" if there is none of that name.
 func metric(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, name string) string {
 	t.Helper()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.HTTP(i)+"/metrics", nil)
+	all, err := c.Metrics(ctx, i)
 	check(t, err)
-	response, err := http.DefaultClient.Do(request)
-	check(t, err)
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	check(t, err)
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, name+" "); ok {
-			return strings.TrimSpace(value)
-		}
+	value, ok := all[name]
+	if !ok {
+		return ""
 	}
-	return ""
+	return strconv.FormatFloat(value, 'g', -1, 64)
 }
 
 func number(t *testing.T, text string) int {

@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-
-	"github.com/quorate/quorate/internal/pgserver"
 )
 
 // networkBase is the base port where every node has an address of its own.
@@ -26,6 +23,11 @@ func (c *Cluster) runAll(ctx context.Context) error {
 	// Who comes over a network is let in by a password only, whatever PostgreSQL thinks of the gateway.
 	if err := os.WriteFile(filepath.Join(c.root, "password"), []byte(Password+"\n"), 0o600); err != nil {
 		return err
+	}
+	if c.options.Supervised {
+		if err := c.startServers(ctx); err != nil {
+			return err
+		}
 	}
 	for i := 1; i <= c.Nodes; i++ {
 		if err := c.configure(ctx, i); err != nil {
@@ -54,20 +56,17 @@ func (c *Cluster) configure(ctx context.Context, i int) error {
 	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	bin := c.options.PGBin
-	if bin == "" {
-		in, err := pgserver.Find(ctx, pgserver.FindOptions{})
-		if err != nil {
-			in, err = pgserver.Fetch(ctx, fetchMajor, io.Discard)
-		}
-		if err != nil {
-			return err
-		}
-		bin = in.BinDir
+	bin, err := c.programs(ctx)
+	if err != nil {
+		return err
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "cluster: tested\nnode: %d\ndata_dir: .\n", i)
-	fmt.Fprintf(&b, "postgres: {managed: true, bin_dir: %s, password_file: %s, port: %d}\n", bin, filepath.Join(c.root, "password"), c.base+postgresPorts+i)
+	server := "managed: true, bin_dir: " + bin
+	if c.options.Supervised {
+		server = "managed: false, host: " + filepath.Join(c.NodeDir(i), "run")
+	}
+	fmt.Fprintf(&b, "postgres: {%s, password_file: %s, port: %d}\n", server, filepath.Join(c.root, "password"), c.base+postgresPorts+i)
 	in := c.CertDir()
 	fmt.Fprintf(&b, "tls: {ca: %s/ca.crt, cert: %s/node%d.crt, key: %s/node%d.key}\n", in, in, i, in, i)
 	addresses := func(i int) string {
