@@ -748,15 +748,17 @@ func testLateCancel(t *testing.T, f *fixture) {
 	c := f.connect(t, func(cfg *pgconn.Config) { cfg.Port = uint16(g.Addr().(*net.TCPAddr).Port) })
 
 	expect(t, c, "BEGIN; INSERT INTO t VALUES (1)", "BEGIN INSERT 0 1 T")
-	const asleep = "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-	for _, late := range []struct{ sql, want string }{{"SELECT 2 FROM (SELECT pg_sleep(0.6)) x", "(2) SELECT 1 T"}, {"COMMIT", "COMMIT I"}} {
+	const waiting = "SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+	for key, late := range []struct{ sql, want string }{{"SELECT pg_advisory_lock_shared(9)", "() SELECT 1 T"}, {"COMMIT", "COMMIT I"}} {
+		f.direct(fmt.Sprintf("SELECT pg_advisory_lock(%d), pg_advisory_lock(%d)", key, 9+key))
 		first := make(chan string, 1)
-		go func() { first <- run(t, c, "SELECT 1 FROM (SELECT pg_sleep(0.6)) x") }()
-		f.await(asleep, "1")
+		go func() { first <- run(t, c, fmt.Sprintf("SELECT pg_advisory_lock(%d)", key)) }()
+		f.await(waiting, "1")
 		cancelled := make(chan error, 1)
 		go func() { cancelled <- c.CancelRequest(timeout(t)) }()
 		<-arrived
-		if got := <-first; got != "(1) SELECT 1 T" { // it has ended by itself
+		f.direct(fmt.Sprintf("SELECT pg_advisory_unlock(%d)", key))
+		if got := <-first; got != "() SELECT 1 T" { // it has ended by itself
 			t.Fatal(got)
 		}
 		second := make(chan string, 1)
@@ -766,13 +768,14 @@ func testLateCancel(t *testing.T, f *fixture) {
 			t.Fatalf("%s while a cancel request was on its way: %s", late.sql, got)
 		case <-time.After(100 * time.Millisecond):
 		}
-		if f.ask(asleep) != "0" {
+		if f.ask(waiting) != "0" {
 			t.Errorf("%s has begun while a cancel request was on its way", late.sql)
 		}
 		through <- struct{}{}
 		if err := <-cancelled; err != nil {
 			t.Error(err)
 		}
+		f.direct(fmt.Sprintf("SELECT pg_advisory_unlock(%d)", 9+key))
 		if got := <-second; got != late.want {
 			t.Errorf("%s after the statement that was to be cancelled: %s", late.sql, got)
 		}
