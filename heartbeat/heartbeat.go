@@ -8,6 +8,9 @@
 // network that loses all packets in one direction breaks both, for TCP and so for Raft. What breaks in one direction
 // above it (connections that only one side may open, a process that answers and sends nothing) shows in one direction.
 //
+// A member is lost after a time in which this process was at work and heard nothing: on a machine without a processor to
+// spare, what lies unread is not what was not sent. Ages are by the clock all the same.
+//
 // Nothing is decided by heartbeats. Who leads and whether there is a quorum is Raft's to say.
 package heartbeat
 
@@ -95,7 +98,9 @@ type Monitor struct {
 
 	mu       sync.Mutex
 	sequence uint64
-	resumed  time.Time // since when this process has been running without a break
+	resumed  time.Time     // since when this process has been running without a break
+	ticked   time.Time     // when tick was last at work
+	awake    time.Duration // how long this process has been at work, at ticked
 	peers    map[txn.NodeID]*peer
 	reports  map[txn.NodeID]*known // of others
 	news     chan struct{}         // closed with the next report; nil: nobody waits
@@ -103,13 +108,14 @@ type Monitor struct {
 
 // peer is what this node measures of another member.
 type peer struct {
-	incarnation, before uint64    // of its process, and of the one before that
-	last                time.Time // when its latest heartbeat arrived; zero: never
-	sent                float64   // and when that was sent, by its clock
-	first, highest      uint64    // sequence numbers
-	got                 uint64    // bit i: highest-i has arrived
-	jitter              float64   // seconds
-	roundTrip           float64   // seconds; 0: unknown
+	incarnation, before uint64        // of its process, and of the one before that
+	last                time.Time     // when its latest heartbeat arrived; zero: never
+	lastAwake           time.Duration // and for how long this process had been at work then
+	sent                float64       // and when that was sent, by its clock
+	first, highest      uint64        // sequence numbers
+	got                 uint64        // bit i: highest-i has arrived
+	jitter              float64       // seconds
+	roundTrip           float64       // seconds; 0: unknown
 	heard               bool
 	unanswered          int
 }
@@ -128,7 +134,7 @@ func New(c Config) (*Monitor, error) {
 		return nil, fmt.Errorf("draw an incarnation: %w", err)
 	}
 	m := &Monitor{
-		cfg: c, incarnation: binary.BigEndian.Uint64(incarnation[:]), began: time.Now(),
+		cfg: c, incarnation: binary.BigEndian.Uint64(incarnation[:]), began: time.Now(), ticked: time.Now(),
 		peers: make(map[txn.NodeID]*peer), reports: make(map[txn.NodeID]*known),
 	}
 	m.metrics = newMetrics(m)
@@ -159,7 +165,7 @@ func (m *Monitor) Run(ctx context.Context) error {
 	defer ticker.Stop()
 	for {
 		now := time.Now()
-		reports, due := m.tick(now)
+		reports, due := m.tick()
 		for _, id := range due {
 			calls.Go(func() { m.call(ctx, id, reports) })
 		}
@@ -183,11 +189,13 @@ func (m *Monitor) wake(stood time.Duration) {
 }
 
 // tick judges who is lost, and returns what to send and to whom.
-func (m *Monitor) tick(now time.Time) (reports []*pb.Report, due []txn.NodeID) {
+func (m *Monitor) tick() (reports []*pb.Report, due []txn.NodeID) {
 	members := m.cfg.Peers()
 	health := m.cfg.Health()
 	var changes []Change
 	m.mu.Lock()
+	now := time.Now()
+	m.awake, m.ticked = m.awakeLocked(now), now
 	for id := range m.peers {
 		if !slices.Contains(members, id) {
 			delete(m.peers, id)
@@ -204,9 +212,9 @@ func (m *Monitor) tick(now time.Time) (reports []*pb.Report, due []txn.NodeID) {
 			p = &peer{}
 			m.peers[id] = p
 		}
-		if since := now.Sub(p.last); p.heard && since > m.cfg.Timeout && now.Sub(m.resumed) > m.cfg.Timeout {
+		if p.heard && !m.hearsLocked(p, now) && now.Sub(m.resumed) > m.cfg.Timeout {
 			p.heard, p.roundTrip = false, 0
-			changes = append(changes, Change{Kind: Lost, Node: id, For: since})
+			changes = append(changes, Change{Kind: Lost, Node: id, For: now.Sub(p.last)})
 		}
 		if p.unanswered < maxUnanswered {
 			p.unanswered++
@@ -223,6 +231,19 @@ func (m *Monitor) tick(now time.Time) (reports []*pb.Report, due []txn.NodeID) {
 		m.cfg.Changed(c)
 	}
 	return reports, due
+}
+
+// awakeLocked returns for how long this process has been at work. Of a time in which it was late for its own heartbeat only
+// what it had planned counts, and half as much again: it was starved of the processor, and others' heartbeats lay unread
+// meanwhile. Called with mu held.
+func (m *Monitor) awakeLocked(now time.Time) time.Duration {
+	return m.awake + min(now.Sub(m.ticked), m.cfg.Interval*3/2)
+}
+
+// hearsLocked reports whether a heartbeat of a member has come within the timeout, as far as this process was awake: who
+// is starved does not blame others. Called with mu held.
+func (m *Monitor) hearsLocked(p *peer, now time.Time) bool {
+	return !p.last.IsZero() && m.awakeLocked(now)-p.lastAwake <= m.cfg.Timeout
 }
 
 // at returns the report as of now.
@@ -386,7 +407,7 @@ func (m *Monitor) takeLocked(from txn.NodeID, r *pb.Report, now time.Time) (chan
 		}
 	}
 	if r.Sequence == p.highest {
-		p.last, p.sent = now, r.SentSeconds
+		p.last, p.lastAwake, p.sent = now, m.awakeLocked(now), r.SentSeconds
 	}
 	if !p.heard {
 		p.heard = true
@@ -430,7 +451,7 @@ func (m *Monitor) EachHeard(f func(id txn.NodeID, h *pb.Health)) {
 	defer m.mu.Unlock()
 	now := time.Now()
 	for id, p := range m.peers {
-		if k := m.reports[id]; k != nil && k.Health != nil && !p.last.IsZero() && now.Sub(p.last) <= m.cfg.Timeout {
+		if k := m.reports[id]; k != nil && k.Health != nil && m.hearsLocked(p, now) {
 			f(id, k.Health)
 		}
 	}
@@ -465,5 +486,5 @@ func (m *Monitor) Hears(id txn.NodeID) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	p := m.peers[id]
-	return p != nil && !p.last.IsZero() && time.Since(p.last) <= m.cfg.Timeout
+	return p != nil && m.hearsLocked(p, time.Now())
 }

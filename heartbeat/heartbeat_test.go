@@ -29,11 +29,12 @@ type cluster struct {
 	changes map[txn.NodeID][]heartbeat.Change
 	cut     map[[2]txn.NodeID]bool
 	delay   map[[2]txn.NodeID]func() time.Duration
+	starved map[txn.NodeID]func() // stands for the time that a process does not get
 }
 
 func newCluster(t *testing.T, members ...txn.NodeID) *cluster {
 	c := &cluster{t: t, members: members, at: map[txn.NodeID]*heartbeat.Monitor{}, stop: map[txn.NodeID]context.CancelFunc{},
-		changes: map[txn.NodeID][]heartbeat.Change{}, cut: map[[2]txn.NodeID]bool{}, delay: map[[2]txn.NodeID]func() time.Duration{}}
+		changes: map[txn.NodeID][]heartbeat.Change{}, cut: map[[2]txn.NodeID]bool{}, delay: map[[2]txn.NodeID]func() time.Duration{}, starved: map[txn.NodeID]func(){}}
 	for _, id := range members {
 		c.start(id)
 	}
@@ -53,8 +54,16 @@ func (c *cluster) start(id txn.NodeID) {
 			}
 			return peers
 		},
-		Conn:   func(to txn.NodeID) (grpc.ClientConnInterface, error) { return &conn{c, id, to}, nil },
-		Health: func() *pb.Health { return &pb.Health{State: "active", Csn: uint64(id)} },
+		Conn: func(to txn.NodeID) (grpc.ClientConnInterface, error) { return &conn{c, id, to}, nil },
+		Health: func() *pb.Health {
+			c.mu.Lock()
+			wait := c.starved[id]
+			c.mu.Unlock()
+			if wait != nil {
+				wait()
+			}
+			return &pb.Health{State: "active", Csn: uint64(id)}
+		},
 		Changed: func(change heartbeat.Change) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
@@ -255,6 +264,47 @@ func TestRestart(t *testing.T) {
 			}
 		}
 		c.end()
+	})
+}
+
+// A node that does not get the processor when it wants it, and so reads late what others sent in time, blames nobody; a
+// member that is gone it misses all the same.
+func TestStarvedReceiver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 1, 2, 3)
+		const slow = 900 * time.Millisecond // less than the timeout: it is not frozen
+		defer func() {
+			c.mu.Lock()
+			delete(c.starved, 2)
+			c.mu.Unlock()
+			c.end()
+			time.Sleep(2 * slow) // it may be asleep still
+		}()
+		time.Sleep(2 * time.Second)
+		c.took(2)
+		c.mu.Lock()
+		c.starved[2] = func() { time.Sleep(slow) }
+		for _, from := range []txn.NodeID{1, 3} { // read in bursts
+			c.delay[[2]txn.NodeID{from, 2}] = func() time.Duration {
+				period := slow + 350*time.Millisecond
+				return period - time.Duration(time.Now().UnixNano())%period
+			}
+		}
+		c.mu.Unlock()
+		for range 600 {
+			time.Sleep(100 * time.Millisecond)
+			if !c.at[2].Hears(1) || !c.at[2].Hears(3) {
+				t.Fatal("the starved node says that it does not hear others")
+			}
+		}
+		if kinds := c.took(2); len(kinds) != 0 {
+			t.Errorf("the starved node noticed %v", kinds)
+		}
+		c.kill(1)
+		time.Sleep(4 * time.Second)
+		if kinds := c.took(2); len(kinds) != 1 || kinds[0] != heartbeat.Lost || c.at[2].Hears(1) || !c.at[2].Hears(3) {
+			t.Errorf("the starved node noticed %v after one has gone, want that it was lost", kinds)
+		}
 	})
 }
 
