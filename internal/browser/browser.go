@@ -3,12 +3,17 @@ package browser
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"image/png"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -30,6 +35,9 @@ type Options struct {
 	Phone         bool    // touch, and a narrow window
 	Dark          bool    // what the system prefers
 	ReducedMotion bool
+	// Trusted names files with certificates, in PEM, of which the servers' are accepted whoever has signed them, and those
+	// alone besides what everybody accepts.
+	Trusted []string
 	// Noisy tabs may have errors on their console: those of a network that the test has broken.
 	Noisy bool
 }
@@ -70,6 +78,17 @@ func Open(t testing.TB, o Options) *Tab {
 		chromedp.ExecPath(program), chromedp.UserDataDir(filepath.Join(t.TempDir(), "profile")),
 		chromedp.WindowSize(int(o.Width), int(o.Height)), chromedp.WSURLReadTimeout(startTimeout),
 		chromedp.DisableGPU, chromedp.Flag("disable-dev-shm-usage", true), chromedp.Flag("no-proxy-server", true))
+	if len(o.Trusted) > 0 {
+		var hashes []string
+		for _, file := range o.Trusted {
+			hash, err := keyHash(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			hashes = append(hashes, hash)
+		}
+		options = append(options, chromedp.Flag("ignore-certificate-errors-spki-list", strings.Join(hashes, ",")))
+	}
 	if os.Geteuid() == 0 {
 		options = append(options, chromedp.NoSandbox) // Chromium's own condition for running as root
 	}
@@ -96,6 +115,24 @@ func Open(t testing.TB, o Options) *Tab {
 	tab.Run(call(emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "UTC"}))
 	tab.Emulate(o)
 	return tab
+}
+
+// keyHash returns the hash by which Chromium knows a certificate's key.
+func keyHash(file string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read certificate: %w", err)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return "", fmt.Errorf("read certificate: %s holds none", file)
+	}
+	certificate, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return "", fmt.Errorf("read certificate %s: %w", file, err)
+	}
+	sum := sha256.Sum256(certificate.RawSubjectPublicKeyInfo)
+	return base64.StdEncoding.EncodeToString(sum[:]), nil
 }
 
 // Emulate makes the tab another device, of another taste.

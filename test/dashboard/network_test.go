@@ -1,0 +1,115 @@
+package dashboard_test
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/chromedp/chromedp/kb"
+
+	"github.com/quorate/quorate/internal/browser"
+	"github.com/quorate/quorate/test/cluster"
+	"github.com/quorate/quorate/test/network"
+)
+
+// TestPageOverTLS looks at nodes that are machines of their own, with certificates, as an operator with a token does: a
+// direction that is broken is seen, a node gets its data anew, and leaves.
+func TestPageOverTLS(t *testing.T) {
+	dir, err := cluster.TempDir("")
+	check(t, err)
+	t.Cleanup(func() { check(t, os.RemoveAll(dir)) })
+	binary, err := cluster.Build(t.Context(), dir, false)
+	check(t, err)
+	tokens := make(map[string]string) // by role
+	var lines []byte
+	for _, role := range []string{"read", "operate"} {
+		tokens[role] = rand.Text()
+		lines = fmt.Appendf(lines, "%s %x somebody\n", role, sha256.Sum256([]byte(tokens[role])))
+	}
+	file := filepath.Join(dir, "http.tokens")
+	check(t, os.WriteFile(file, lines, 0o644))
+
+	o := cluster.Options{Binary: binary, Certificates: true, Configuration: "http: {tokens: " + file + "}\n"}
+	net, err := network.New(3)
+	if err == nil {
+		t.Cleanup(func() { check(t, net.Close()) })
+		o.Network, o.Certificates = net, false
+	} else if !errors.Is(err, network.ErrNotPermitted) {
+		t.Fatal(err)
+	}
+	c, err := cluster.Start(t.Context(), o)
+	check(t, err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Logs(25))
+		}
+		check(t, errors.Join(c.Stop(), c.Destroy()))
+	})
+	tab := browser.Open(t, browser.Options{Noisy: true, Trusted: []string{filepath.Join(c.CertDir(), "node1.crt")}})
+	tab.Open("https://" + c.HTTP(1) + "/")
+	tab.AwaitText(patience, "#sign-in", "Token")
+	tab.Type("#token", tokens["read"]+kb.Enter)
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	tab.Await(patience, "no actions to who may only look", `Array.from(document.querySelectorAll(".menu")).every((m) => !m.checkVisibility())`)
+	if browser.Value[string](tab, "document.cookie") != "" {
+		t.Error("scripts can read the cookie, which is the token")
+	}
+	tab.Click("#leave")
+	tab.AwaitText(patience, "#sign-in", "Token")
+	tab.Type("#token", tokens["operate"]+kb.Enter)
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	tab.AwaitText(patience, "#links", "Every node hears every other.")
+
+	t.Run("OneWay", func(t *testing.T) {
+		if net == nil {
+			t.Skip(network.ErrNotPermitted)
+		}
+		net.Set(2, 3, network.Link{Cut: true})
+		cut := time.Now()
+		tab.AwaitText(patience, "#links", "Node 3 has not heard node 2 for")
+		took := time.Since(cut)
+		t.Logf("what node 2 sends to node 3 is lost: shown after %v", took.Round(time.Millisecond))
+		if took > inTime {
+			t.Error("that is too late")
+		}
+		if got := browser.Value[string](tab, `document.querySelector("#matrix .lost").closest("tr").innerText`); !strings.HasPrefix(got, "node 3 hears") && !strings.HasPrefix(got, "node 2 hears") {
+			t.Errorf("what is lost stands in the row %q", got)
+		}
+		tab.AwaitText(inTime, "#verdict", "Degraded")
+		if got := tab.Visible("#links"); strings.Contains(got, "Node 1") || strings.Contains(got, "heard node 1") {
+			t.Errorf("the page blames a node that is well: %q", got)
+		}
+		net.Set(2, 3, network.Link{})
+		tab.AwaitText(patience, "#links", "Every node hears every other.")
+		tab.AwaitText(patience, "#verdict", "Healthy")
+	})
+
+	// confirm takes an action that wants the node's name: nothing else is taken for it.
+	confirm := func(node, action string) {
+		t.Helper()
+		choose(tab, node, action)
+		tab.Type("#ask-input", "node 1")
+		if !browser.Value[bool](tab, `document.querySelector("#ask-yes").disabled`) {
+			t.Errorf("%s of node %s is confirmed by another's name", action, node)
+		}
+		tab.Clear("#ask-input")
+		tab.Type("#ask-input", "node "+node)
+		tab.Click("#ask-yes")
+	}
+	confirm("3", "Resync…")
+	tab.AwaitText(patience, "#toast", "Node 3 sets its data aside and copies those of another.")
+	tab.AwaitText(patience, "#node-4 ~ .chip", "active") // as a new member in its place
+	tab.Await(patience, "the old one to be gone", `document.querySelector("#node-3") === null`)
+	tab.AwaitText(patience, "#verdict", "Healthy")
+	confirm("4", "Remove…")
+	tab.AwaitText(patience, "#toast", "Node 4 is removed.")
+	tab.Await(patience, "two nodes", `document.querySelectorAll("#cards .card").length === 2`)
+	tab.AwaitText(patience, "#events", "node 4 is no member any more")
+	tab.AwaitText(patience, "#strip", "Live from node 1")
+}
