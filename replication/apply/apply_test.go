@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"pgregory.net/rapid"
@@ -557,6 +558,27 @@ INSERT INTO part SELECT g, 0 FROM generate_series(1, 300) g;`)
 		}
 	}
 	c.equal(`"odd one"`, "part")
+
+	// To find out what somebody waits for never makes the one wait who is to help, nor does it run a user's functions.
+	m := &monitor{p: p.Pipeline}
+	defer m.disconnect()
+	if err := m.connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.exec(c.dst, `CREATE TYPE e AS ENUM ('a'); CREATE TABLE mine (k e PRIMARY KEY); INSERT INTO mine VALUES ('a');
+CREATE FUNCTION evil(e) RETURNS text LANGUAGE plpgsql AS $$BEGIN RAISE 'called'; END$$; CREATE CAST (e AS text) WITH FUNCTION evil(e)`)
+	mine := relationMessage{schema: "public", name: "mine", columns: []relationColumn{{name: "k", key: true}}}
+	if key, err := m.rowAt(t.Context(), "public", "mine", "(0,1)", &mine); len(key) != 1 || key[0] != "a" {
+		t.Errorf("the row is %q, %v", key, err)
+	}
+	locker := c.connect("dst")
+	c.exec(locker, "BEGIN; LOCK TABLE mine")
+	limited, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var server *pgconn.PgError
+	if _, err := m.rowAt(limited, "public", "mine", "(0,1)", &mine); !errors.As(err, &server) || server.Code != "55P03" {
+		t.Errorf("of a table that is locked: %v", err)
+	}
 }
 
 // TestLaterHolderGivesWay: a held transaction that blocks an earlier one, which its keys do not tell, is rolled back

@@ -106,6 +106,22 @@ func (m *monitor) anyBusy() bool {
 	return false
 }
 
+// monitorLockTimeout keeps the monitor, which ends waiting, from waiting itself: a table at which it looks may be what
+// somebody wants for himself alone, who waits for the worker that the monitor is to help.
+const monitorLockTimeout = "20ms"
+
+func (m *monitor) connect(ctx context.Context) error {
+	if m.conn != nil {
+		return nil
+	}
+	c, err := m.p.cfg.Connect(ctx)
+	if err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	m.conn = c
+	return exec(ctx, c, sessionSettings+"; SET lock_timeout = '"+monitorLockTimeout+"'; SET application_name = '"+sessionPrefix+"monitor'")
+}
+
 func (m *monitor) disconnect() {
 	if m.conn != nil {
 		_ = m.conn.Close(context.Background()) // closed already or of no more use
@@ -145,15 +161,8 @@ func (m *monitor) look(ctx context.Context) error {
 // ask asks the server who blocks the workers. pg_blocking_pids also names those who wait ahead of it in a queue, for
 // example a local ACCESS EXCLUSIVE behind a reader.
 func (m *monitor) ask(ctx context.Context, due []blocked, now time.Time) error {
-	if m.conn == nil {
-		c, err := m.p.cfg.Connect(ctx)
-		if err != nil {
-			return fmt.Errorf("connect: %w", err)
-		}
-		m.conn = c
-		if err := exec(ctx, c, sessionSettings+"; SET application_name = '"+sessionPrefix+"monitor'"); err != nil {
-			return err
-		}
+	if err := m.connect(ctx); err != nil {
+		return err
 	}
 	byPID := map[string]blocked{}
 	pids := make([]string, len(due))

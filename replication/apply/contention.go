@@ -165,12 +165,14 @@ func changed(statement string) (operation byte, table string) {
 	return 0, ""
 }
 
-// rowAt returns the identity of the row at a place, as candidates have it; nil if there is none any more.
+// rowAt returns the identity of the row at a place, as candidates have it; nil if there is none any more. Values are
+// written by their types' output functions, as the write set's were: a cast to text may be a function of a user, and this
+// session is a superuser's.
 func (m *monitor) rowAt(ctx context.Context, schema, name, place string, r *relationMessage) ([]string, error) {
 	var columns []string
 	for _, c := range r.columns {
 		if c.key {
-			columns = append(columns, "coalesce("+quote(c.name)+"::text, 'NULL')")
+			columns = append(columns, "CASE WHEN "+quote(c.name)+" IS NULL THEN 'NULL' ELSE format('%s', "+quote(c.name)+") END")
 		}
 	}
 	if len(columns) == 0 {
