@@ -63,6 +63,7 @@ const (
 type Member struct {
 	ID                        txn.NodeID
 	Raft, GRPC, HTTP, Gateway string
+	Witness                   bool // it has no data
 }
 
 // Config of an Admin. All fields are required.

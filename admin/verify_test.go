@@ -30,6 +30,8 @@ type hasher struct {
 	hashes admin.Hashes
 	err    error
 	silent bool // never gets ready
+	// witness says that it has no tables.
+	witness bool
 }
 
 func (h *hasher) Barrier(context.Context, txn.GID) error {
@@ -69,7 +71,7 @@ func verify(t *testing.T, hashers ...*hasher) (*pb.VerifyResponse, error) {
 	serving := make([]func(), len(hashers))
 	for i, h := range hashers {
 		l := listen(t)
-		members = append(members, admin.Member{ID: txn.NodeID(i + 1), GRPC: l.Addr().String()})
+		members = append(members, admin.Member{ID: txn.NodeID(i + 1), GRPC: l.Addr().String(), Witness: h.witness})
 		h.log = log
 		serving[i] = func() {
 			serve(t, l, admin.Config{Cluster: "c", Node: txn.NodeID(i + 1), Version: "test", Members: list(members...), Source: h})
@@ -128,6 +130,15 @@ func TestVerify(t *testing.T) {
 func TestVerifyWithoutMember(t *testing.T) {
 	resp, err := verify(t, &hasher{hashes: admin.Hashes{Index: 9, Tables: tables("a=1")}}, &hasher{silent: true})
 	if err != nil || resp.Members[0].Error != "" || !strings.Contains(resp.Members[1].Error, "not ready") {
+		t.Errorf("got %v, %v", resp, err)
+	}
+}
+
+// TestVerifyWithWitness: who has no data is not asked, and not missed.
+func TestVerifyWithWitness(t *testing.T) {
+	with := &hasher{hashes: admin.Hashes{Index: 9, Tables: tables("a=1")}}
+	resp, err := verify(t, with, &hasher{witness: true, err: errors.New("asked")}, with)
+	if err != nil || len(resp.Members) != 2 || resp.Members[0].Error+resp.Members[1].Error != "" || len(resp.Differing) > 0 {
 		t.Errorf("got %v, %v", resp, err)
 	}
 }

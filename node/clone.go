@@ -152,7 +152,7 @@ func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int
 	}
 	var candidates []clone.Candidate
 	for _, m := range n.members() {
-		if m.ID == id.Node {
+		if m.ID == id.Node || m.Witness {
 			continue
 		}
 		conn, err := n.peers.Conn(m.ID)
@@ -177,7 +177,7 @@ func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int
 		failures = append(failures, fmt.Errorf("from node %s: %w", node, err))
 	}
 	if len(failures) == 0 {
-		return errors.New("there is no other member to clone")
+		return errors.New("there is no other member with data to clone")
 	}
 	return errors.Join(failures...)
 }

@@ -49,7 +49,7 @@ func (n *Node) servers() []consensus.Member {
 func (n *Node) members() []admin.Member {
 	known := make(map[txn.NodeID]admin.Member)
 	for _, m := range n.cfg.Members {
-		known[m.ID] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
+		known[m.ID] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway, Witness: m.Witness()}
 	}
 	for _, s := range n.servers() {
 		m := known[s.Node]
@@ -58,9 +58,14 @@ func (n *Node) members() []admin.Member {
 	}
 	in := n.membership()
 	for _, m := range in.Members {
+		at, is := known[m.Node]
 		if m.GRPCAddress != "" {
-			known[m.Node] = admin.Member{ID: m.Node, Raft: m.RaftAddress, GRPC: m.GRPCAddress, HTTP: m.HTTPAddress, Gateway: m.GatewayAddress}
+			at = admin.Member{ID: m.Node, Raft: m.RaftAddress, GRPC: m.GRPCAddress, HTTP: m.HTTPAddress, Gateway: m.GatewayAddress}
+		} else if !is {
+			continue
 		}
+		at.Witness = m.Role == codec.RoleWitness
+		known[m.Node] = at
 	}
 	if in.Founded() {
 		maps.DeleteFunc(known, func(id txn.NodeID, _ admin.Member) bool { _, is := in.Find(id); return !is })
