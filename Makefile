@@ -33,10 +33,11 @@ bench-clone:
 	QUORATE_CLONE_MIB=$(SIZE) $(GO) test -run '^$$' -bench Clone -benchtime 5x -timeout 1h ./replication/clone
 
 # The workloads of test/cluster, for as long as the issue asks instead of seconds, a machine with too much to do, and a page
-# that is left open. STRESS is the length of each.
+# that is left open. STRESS is the length of each. And clusters that grow from one node to five, have every node replaced and
+# shrink to three: in peace, and with nodes killed at random moments, the same ones for the same SEED.
 STRESS ?= 60s
 stress:
-	QUORATE_STRESS=$(STRESS) $(GO) test -count=1 -p 1 -timeout 2h -v -run 'TestStress|TestRecoveryAttached' ./test/cluster ./test/control ./test/dashboard
+	QUORATE_STRESS=$(STRESS) QUORATE_SEED=$(SEED) $(GO) test -count=1 -p 1 -timeout 2h -v -run 'TestStress|TestRecoveryAttached|TestGrow' ./test/cluster ./test/control ./test/dashboard
 
 # A cluster under load, broken in every way that test/faults knows, for as long as DURATION. The same SEED breaks the same
 # things at the same times; without one it is drawn. Root has faults of the network too.

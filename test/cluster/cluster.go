@@ -31,6 +31,8 @@ type Options struct {
 	Binary string // the quorate command, as Build returns it
 	Nodes  int    // 0 means 3
 	PGBin  string // where postgres and initdb are; "" lets quorate find them
+	// PGBins are the same of each node by itself, for nodes that Prepare or one of its users makes.
+	PGBins []string
 	Under  string // the directory in which the cluster's own is made; "" is the system's for temporary files
 	// Network, when set, is where the nodes are, each in its own namespace and by itself, with "quorate run"; else they
 	// are a "quorate demo". It must stay open until the cluster has been stopped.
@@ -569,8 +571,10 @@ func (s stopPolling) Unwrap() error { return s.error }
 const pollInterval = 10 * time.Millisecond
 
 // poll calls check until it returns nil or the context ends; then it returns check's last error.
-func poll(ctx context.Context, check func() error) error {
-	ticker := time.NewTicker(pollInterval)
+func poll(ctx context.Context, check func() error) error { return pollEvery(ctx, pollInterval, check) }
+
+func pollEvery(ctx context.Context, interval time.Duration, check func() error) error {
+	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	var last error
 	for {

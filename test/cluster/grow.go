@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Prepare returns a cluster of o.Nodes places, each with a configuration for a node, and no node yet. Unlike in the clusters
@@ -53,11 +54,51 @@ func Found(ctx context.Context, o Options) (*Cluster, error) {
 	return c, nil
 }
 
+// FoundTogether makes a cluster of o.Nodes nodes at once, each in an empty directory with a list of all.
+func FoundTogether(ctx context.Context, o Options) (*Cluster, error) {
+	c, err := Prepare(o)
+	if err != nil {
+		return nil, err
+	}
+	var members strings.Builder
+	for i := 1; i <= c.Nodes; i++ {
+		fmt.Fprintf(&members, "  - {id: %d, grpc: %q, raft: %q}\n", i, c.GRPC(i), c.Raft(i))
+	}
+	start := func() error {
+		for i := 1; i <= c.Nodes; i++ {
+			text, err := os.ReadFile(c.Config(i))
+			if err == nil {
+				err = os.WriteFile(c.Config(i), fmt.Appendf(text, "node: %d\nmembers:\n%s", i, &members), 0o644)
+			}
+			if err == nil {
+				err = c.StartNode(i)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		for i := 1; i <= c.Nodes; i++ {
+			if err := c.AwaitState(ctx, i, "active"); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("found cluster: %w\n%s", err, c.Logs(60)), c.Destroy())
+	}
+	return c, nil
+}
+
 // Config is the configuration file of a place.
 func (c *Cluster) Config(i int) string { return filepath.Join(c.NodeDir(i), "quorate.yaml") }
 
 func (c *Cluster) place(i int, witness bool) error {
-	postgres := fmt.Sprintf("postgres: {managed: true, auth: trust, port: %d, bin_dir: %q}\n", c.base+postgresPorts+i, c.options.PGBin)
+	bin := c.options.PGBin
+	if c.options.PGBins != nil {
+		bin = c.options.PGBins[i-1]
+	}
+	postgres := fmt.Sprintf("postgres: {managed: true, auth: trust, port: %d, bin_dir: %q}\n", c.base+postgresPorts+i, bin)
 	listen := fmt.Sprintf("gateway: %q, ", c.address(gatewayPorts, i))
 	if witness {
 		postgres, listen = "role: witness\n", ""
@@ -127,7 +168,8 @@ func (c *Cluster) ID(ctx context.Context, i int) (int, error) {
 
 // AwaitState waits until the node at a place says that it is in a state.
 func (c *Cluster) AwaitState(ctx context.Context, i int, state string) error {
-	return poll(ctx, func() error {
+	const interval = 200 * time.Millisecond // each look is a process, which takes from what is waited for
+	return pollEvery(ctx, interval, func() error {
 		if p := c.singles[i]; p != nil {
 			select {
 			case <-p.done:

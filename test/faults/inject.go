@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -96,11 +97,27 @@ func (x *Injector) choose(ctx context.Context, f Fault) choice {
 func (x *Injector) Inject(ctx context.Context, f Fault) (*Active, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	ch := x.choose(ctx, f)
+	return x.inject(ctx, f.Kind, x.choose(ctx, f))
+}
+
+// InjectAt begins a fault at one node, whatever its role is.
+func (x *Injector) InjectAt(ctx context.Context, kind Kind, node int, seed uint64) (*Active, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	ch := choice{random: rand.New(rand.NewPCG(seed, 1)), order: []int{node}}
+	for i := 1; i <= x.cluster.Nodes; i++ {
+		if i != node {
+			ch.order = append(ch.order, i)
+		}
+	}
+	return x.inject(ctx, kind, ch)
+}
+
+// inject begins a fault of the first node of a choice. Requires mu.
+func (x *Injector) inject(ctx context.Context, kind Kind, ch choice) (*Active, error) {
 	a := &Active{What: fmt.Sprintf("node %d", ch.order[0]), Hit: ch.order[:1], heal: func(context.Context) error { return nil }}
-	err := x.begin(ctx, f.Kind, ch, a)
-	if err != nil {
-		return nil, fmt.Errorf("inject %s: %w", f.Kind, err)
+	if err := x.begin(ctx, kind, ch, a); err != nil {
+		return nil, fmt.Errorf("inject %s: %w", kind, err)
 	}
 	x.active[a] = true
 	x.setLinks()
@@ -336,7 +353,7 @@ func (x *Injector) endSome(ctx context.Context, i int, share float64) {
 
 func (x *Injector) sidecar(i int) []int {
 	pid, err := x.cluster.SidecarPID(i)
-	if err != nil {
+	if err != nil || !x.belongs(i, pid) {
 		return nil
 	}
 	return alive([]int{pid})
@@ -345,7 +362,7 @@ func (x *Injector) sidecar(i int) []int {
 // postgres returns the postmaster and its processes.
 func (x *Injector) postgres(i int) []int {
 	pid, err := x.cluster.PostmasterPID(i)
-	if err != nil {
+	if err != nil || !x.belongs(i, pid) {
 		return nil
 	}
 	tree, err := cluster.Tree(pid)
@@ -357,6 +374,12 @@ func (x *Injector) postgres(i int) []int {
 		pids = append(pids, p.PID)
 	}
 	return alive(pids)
+}
+
+// belongs reports whether a process is one of the node's. Who was killed leaves a file with an id that may be somebody else's by now.
+func (x *Injector) belongs(i, pid int) bool {
+	p, err := cluster.ReadProcess(pid)
+	return err == nil && strings.Contains(p.Command, x.cluster.NodeDir(i)+"/")
 }
 
 func alive(pids []int) []int {
