@@ -188,6 +188,11 @@ func (c *Cluster) Digest(ctx context.Context, i int) (Digest, error) {
 		if d.Schema, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
 			return err
 		}
+		if c.options.PGBins != nil { // PostgreSQL 17 has these as properties of columns only, which are compared too
+			d.Schema = slices.DeleteFunc(d.Schema, func(line string) bool {
+				return strings.HasPrefix(line, "constraint ") && strings.Contains(line, ": NOT NULL ")
+			})
+		}
 		rows, err = tx.Query(ctx, `SELECT format('%I.%I', n.nspname, c.relname)
 			FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 			WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND `+userSchema)

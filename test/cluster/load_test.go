@@ -304,9 +304,23 @@ func (s *stress) define(ctx context.Context, conn *pgx.Conn, n int) error {
 	return nil
 }
 
-// TestCoreOn17 runs the core scenarios on the oldest version that is supported.
-func TestCoreOn17(t *testing.T) {
-	c, _ := private(t, cluster.Options{Binary: command(t, withRace), PGBin: pgtest.Install(t, 17).BinDir})
+// TestCoreOnTwoMajors runs the core scenarios on a cluster that has the oldest major version that is supported, where most of
+// them begin, beside the newest.
+func TestCoreOnTwoMajors(t *testing.T) {
+	older, newer := pgtest.Install(t, 17).BinDir, pgtest.Install(t, 18).BinDir
+	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
+	defer cancel()
+	c, err := cluster.FoundTogether(ctx, cluster.Options{Binary: command(t, withRace), Nodes: 3, PGBins: []string{older, newer, newer}})
+	check(t, err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(c.Logs(25))
+		}
+		check(t, c.Destroy())
+	})
+	for i, want := range []int{17, 18, 18} {
+		equals(t, ctx, gateway(t, ctx, c, i+1), want, "SELECT current_setting('server_version_num')::int / 10000")
+	}
 	for _, s := range core {
 		t.Run(s.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
