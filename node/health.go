@@ -11,7 +11,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
-	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/txn"
@@ -112,8 +111,11 @@ func (n *Node) lookAtDisk() {
 	}
 }
 
-// hasQuorum reports whether this node is in contact with a majority.
-func (n *Node) hasQuorum() bool { return n.consensus.Load() != nil && n.access() == gateway.ReadWrite }
+// hasQuorum reports whether this node is in contact with a majority; what clients may do is for access to say.
+func (n *Node) hasQuorum() bool {
+	c := n.consensus.Load()
+	return c != nil && time.Since(c.QuorumContact()) <= c.QuorumTimeout()
+}
 
 // health says how this node is. It asks nobody.
 func (n *Node) health() *pb.Health {
