@@ -257,7 +257,7 @@ func TestFollow(t *testing.T) {
 		t.Fatalf("follow from %v", after)
 	}
 	// read takes what comes until that many events of each node have come, and breaks the stream.
-	read := func(local bool, want map[uint32]uint64) {
+	read := func(local bool, want map[uint32]uint64, during ...func()) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
@@ -279,6 +279,10 @@ func TestFollow(t *testing.T) {
 					t.Fatalf("event %d of node %d comes where %d should", e.Number, e.Node, after[e.Node])
 				}
 			}
+			if len(r.Events) > 0 && len(during) > 0 {
+				during[0]()
+				during = during[1:]
+			}
 		}
 		if want[2] == 0 { // nothing comes but the word that there is nothing
 			if r, err := stream.Recv(); err != nil || len(r.Events) != 0 {
@@ -295,6 +299,8 @@ func TestFollow(t *testing.T) {
 	first.note(1)
 	read(true, map[uint32]uint64{1: 10})
 	read(false, map[uint32]uint64{1: 10, 2: 953})
+	first.note(1) // and while it is read
+	read(false, map[uint32]uint64{1: 15, 2: 955}, func() { first.note(2) }, func() { second.note(2); first.note(2) })
 }
 
 // Somebody who opens streams and does not read them costs the node neither memory nor work, and nobody else anything.
