@@ -82,7 +82,7 @@ LEFT JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_namespace n ON n.oid = c
 		return where, nil
 	}
 	one := found[0]
-	where.CSN, where.Row = one.item.CSN, &txn.WriteSet{GID: one.item.Set.GID, Database: one.item.Set.Database, Changes: one.changes}
+	where.CSN, where.Row = one.item.CSN, &txn.WriteSet{GID: one.item.Set.GID, Database: one.item.Set.Database, Changes: slices.Concat(one.changes[0], one.changes[1])}
 	return where, nil
 }
 
@@ -90,8 +90,8 @@ LEFT JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_namespace n ON n.oid = c
 type candidate struct {
 	item     Item
 	relation relationMessage
-	key      []string // the values that identify the row, as text; NULL is "NULL"
-	changes  []byte   // a copy: the Relation message and the row's
+	key      []string  // the values that identify the row, as text; NULL is "NULL"
+	changes  [2][]byte // the Relation message and the row's, with their lengths: parts of the write set
 }
 
 // maxCandidates bounds how many are looked at: beyond, the row is not known.
@@ -119,7 +119,7 @@ func candidates(items []Item, statement string) (found []candidate) {
 				}
 				relations = slices.DeleteFunc(relations, func(c candidate) bool { return c.relation.oid == m.oid })
 				if strings.HasPrefix(table, (&relation{schema: m.schema, name: m.name}).quoted()+" ") {
-					relations = append(relations, candidate{item: item, relation: m, changes: framed})
+					relations = append(relations, candidate{item: item, relation: m, changes: [2][]byte{framed}})
 				}
 			case 'I', 'U', 'D':
 				if change.parse(message) != nil {
@@ -142,7 +142,7 @@ func candidates(items []Item, statement string) (found []candidate) {
 						one.key = append(one.key, value)
 					}
 				}
-				one.changes = slices.Concat(one.changes, framed)
+				one.changes[1] = framed
 				found = append(found, one)
 			}
 		}
