@@ -158,6 +158,7 @@ func atLeader[Req, Resp any](ctx context.Context, m *membership, req Req, there 
 	asked := ctx
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	var refused error // by the leader, at the last attempt
 	for {
 		leader := m.a.cfg.Source.Status().Leader
 		switch {
@@ -174,9 +175,13 @@ func atLeader[Req, Resp any](ctx context.Context, m *membership, req Req, there 
 			var client pb.MembershipClient
 			if client, err = m.client(leader); err == nil {
 				resp, err = there(client, forward(ctx, m.a.cfg.Node), req)
+				if err != nil && ctx.Err() != nil && refused != nil {
+					err = refused // why it could not be done says more than that the time was over in the midst of an attempt
+				}
 				if err == nil || status.Code(err) != codes.Unavailable {
 					return resp, toStatus(ctx, err)
 				}
+				refused = err
 			}
 		}
 		if waiting := m.a.cfg.Membership.AwaitLeader(ctx); waiting != nil {
