@@ -187,6 +187,9 @@ func (m *monitor) ask(ctx context.Context, due []blocked, now time.Time) error {
 			return fmt.Errorf("read blocking process: %w", err)
 		}
 		b := byPID[row[0]]
+		if b.worker.since.Load() != b.since {
+			continue // it has gone on meanwhile: who blocks it now blocks another transaction
+		}
 		if pid == 0 {
 			m.p.log.Error("a prepared transaction, which is not ours, blocks a committed one; roll it back", logkey.CSN, uint64(b.csn))
 			continue
