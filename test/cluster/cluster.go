@@ -200,9 +200,14 @@ func (c *Cluster) Destroy() error {
 
 // KillNode kills the sidecar of node i with SIGKILL and waits until it is gone. What it started goes its own way.
 func (c *Cluster) KillNode(ctx context.Context, i int) error {
-	pid, err := c.SidecarPID(i)
-	if err != nil {
-		return err
+	var pid int
+	if p := c.singles[i]; p != nil {
+		pid = p.cmd.Process.Pid // it may not have written its file yet
+	} else {
+		var err error
+		if pid, err = c.SidecarPID(i); err != nil {
+			return err
+		}
 	}
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		return fmt.Errorf("kill node %d: %w", i, err)

@@ -307,6 +307,7 @@ func (s *stress) define(ctx context.Context, conn *pgx.Conn, n int) error {
 // TestCoreOnTwoMajors runs the core scenarios on a cluster that has the oldest major version that is supported, where most of
 // them begin, beside the newest.
 func TestCoreOnTwoMajors(t *testing.T) {
+	t.Parallel()
 	older, newer := pgtest.Install(t, 17).BinDir, pgtest.Install(t, 18).BinDir
 	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
 	defer cancel()

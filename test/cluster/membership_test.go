@@ -557,6 +557,10 @@ func TestJoinInterrupted(t *testing.T) {
 
 	// The joiner, again and again.
 	check(t, c.Join(2, 1))
+	eventually(t, ctx, func() error { // it has begun
+		_, err := c.SidecarPID(2)
+		return err
+	})
 	for range 3 {
 		time.Sleep(time.Duration(rand.IntN(2500)) * time.Millisecond) // a random moment of its joining is what is tested
 		check(t, c.KillNode(ctx, 2))

@@ -25,6 +25,7 @@ import (
 // TestRecovery kills parts of one cluster, one after the other and under load: everything that was acknowledged is
 // there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
 func TestRecovery(t *testing.T) {
+	t.Parallel()
 	recoverFrom(t, cluster.Options{Binary: command(t, withRace)}, []fault{
 		{"PostgresKilled", postgresKilled},
 		{"BackendKilled", backendKilled},
@@ -47,12 +48,13 @@ func TestRecovery(t *testing.T) {
 // TestRecoveryAttached is the same for nodes that are attached to servers which somebody else starts again, with the faults for
 // which it matters who that is. Most of them are for make stress.
 func TestRecoveryAttached(t *testing.T) {
+	t.Parallel()
 	faults := []fault{
 		{"PostgresKilled", postgresKilled},
-		{"NodeKilled", nodeKilled},
 	}
 	if os.Getenv(stressVariable) != "" {
 		faults = append(faults, []fault{
+			{"NodeKilled", nodeKilled},
 			{"BackendKilled", backendKilled},
 			{"AsynchronousCommitsLost", asynchronousCommitsLost},
 			{"PostgresCannotStart", postgresCannotStart},

@@ -23,7 +23,7 @@ var (
 	read = []string{
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 		"/quorate.v1.Cluster/Status", "/quorate.v1.Cluster/Verify", "/quorate.v1.Membership/List",
-		"/quorate.v1.Observe/Conflicts", "/quorate.v1.Observe/Events", "/quorate.v1.Observe/Lookup",
+		"/quorate.v1.Observe/Conflicts", "/quorate.v1.Observe/Events", "/quorate.v1.Observe/Follow", "/quorate.v1.Observe/Lookup",
 		"/quorate.v1.Observe/Transactions", "/quorate.v1.Observe/Watch", "/quorate.v1.Tokens/List",
 	}
 	operate = []string{
