@@ -6,6 +6,7 @@ package consensus
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -357,8 +358,8 @@ func (c *Consensus) runVerification() {
 func (c *Consensus) verified(r verifier.VerificationReport) {
 	var end raft.Log
 	err := c.stores.log.GetLog(r.Range.End, &end)
-	if err == nil && end.Type == raft.LogNoop {
-		return // see isCheckpoint
+	if err == nil && !endsRange(&end, r) {
+		return
 	}
 	if err == nil {
 		err = r.Err
@@ -376,6 +377,18 @@ func (c *Consensus) verified(r verifier.VerificationReport) {
 		c.metrics.verifications.WithLabelValues("error").Inc()
 		c.logger.Warn("log verification failed", "range", r.Range.String(), logkey.Error, err)
 	}
+}
+
+// endsRange reports whether an entry, which is now where the range ends, is the barrier that the range was compared for. It
+// may be a no-op, see isCheckpoint. Or the log was truncated meanwhile, and what was read was another leader's: a leader that
+// wakes up writes a barrier at once, with the sum of what it has, and learns only then that it leads no more. If the
+// barrier is still there, so is all before it.
+func endsRange(end *raft.Log, r verifier.VerificationReport) bool {
+	if end.Type != raft.LogBarrier || len(end.Extensions) != 24 {
+		return false
+	}
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(end.Extensions[8*i:]) }
+	return word(0) == verifier.ExtensionMagicPrefix && word(1) == r.Range.Start && word(2) == r.ExpectedSum
 }
 
 // fail records why this node cannot go on. It keeps voting and storing, which is safe, until its owner closes it, but

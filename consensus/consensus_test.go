@@ -3,6 +3,7 @@ package consensus
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/raft-wal/verifier"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -476,6 +478,40 @@ func TestDivergentLogIsFound(t *testing.T) {
 	}
 	if err := tc.nodes[victim].c.Err(); !errors.Is(err, txn.ErrDiverged) {
 		t.Errorf("failed with %v", err)
+	}
+}
+
+// A range whose barrier was truncated is not judged, one whose barrier is still there is.
+func TestTruncatedRangeIsNotJudged(t *testing.T) {
+	tc := newCluster(t, 1, nil)
+	n := tc.nodes[tc.leader()]
+	tc.propose(0, "x")
+	command := n.c.raft.LastIndex()
+	if err := n.c.raft.Barrier(0).Error(); err != nil {
+		t.Fatal(err)
+	}
+	last := n.c.raft.LastIndex()
+	var barrier raft.Log
+	if err := n.c.stores.log.GetLog(last, &barrier); err != nil {
+		t.Fatal(err)
+	}
+	different := func(start, end, sum uint64) verifier.VerificationReport {
+		return verifier.VerificationReport{
+			Range: verifier.LogRange{Start: start, End: end}, ExpectedSum: sum, Err: verifier.ErrChecksumMismatch("different"),
+		}
+	}
+	start, sum := binary.LittleEndian.Uint64(barrier.Extensions[8:]), binary.LittleEndian.Uint64(barrier.Extensions[16:])
+	for _, r := range []verifier.VerificationReport{
+		different(start, command, sum), // another leader has put a command there
+		different(start, last, sum+1),  // or a barrier of its own
+		different(start+1, last, sum),
+	} {
+		if n.c.verified(r); n.c.Err() != nil {
+			t.Fatalf("judged by %+v: %v", r, n.c.Err())
+		}
+	}
+	if n.c.verified(different(start, last, sum)); !errors.Is(n.c.Err(), txn.ErrDiverged) {
+		t.Errorf("failed with %v", n.c.Err())
 	}
 }
 
