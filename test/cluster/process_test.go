@@ -59,7 +59,6 @@ func TestStatus(t *testing.T) {
 // TestLargeTransaction: two hundred thousand rows in one transaction reach every node, and no sidecar holds them in
 // memory. The race detector's own memory would count, so this cluster is built without.
 func TestLargeTransaction(t *testing.T) {
-	t.Parallel()
 	const rows, bound = 200_000, 256 << 20
 	c, ctx := private(t, cluster.Options{Binary: command(t, false)})
 	create(t, ctx, c, "CREATE TABLE wide (id int PRIMARY KEY, a text, b text, n bigint)")
