@@ -167,11 +167,9 @@ func (s *session) startRollback(op commitOp, e *sqlError) error {
 	s.leaveBlock(false)
 	s.commitOp = op
 	s.mu.Lock()
-	s.phase, s.skipping = phaseEnding, false // what is sent ends with Sync
+	s.skipping = false // what is sent ends with Sync
 	s.queue = append(s.queue, reply{until: opCommit})
-	for s.cancels > 0 {
-		s.changed.Wait()
-	}
+	s.endingLocked()
 	s.mu.Unlock()
 	return s.sendRollback()
 }

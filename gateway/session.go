@@ -398,7 +398,6 @@ func (s *session) tellReady(b []byte, status byte) error {
 }
 
 // push adds an expected reply, unless the server ignores its request. Call before the request is sent.
-// push adds an expected reply; what it answers is sent after that.
 func (s *session) push(r reply) {
 	s.mu.Lock()
 	s.pushLocked(r)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"slices"
@@ -36,13 +35,7 @@ func (r *rig) measureControl(ctx context.Context, p plan, where place, stdout, p
 		fmt.Fprintf(progress, "%s: no clients, %s: %.4f processors\n", where.name, side.name, idle[s])
 	}
 	perTransaction := func(s int) float64 {
-		return median(samples[s], func(m sample) float64 {
-			var all time.Duration
-			for _, c := range m.costs {
-				all += c.sidecar + c.postgres
-			}
-			return float64(all.Microseconds()) / m.transactions
-		})
+		return median(samples[s], func(m sample) float64 { return float64(cpuTime(m.costs).Microseconds()) / m.transactions })
 	}
 	fmt.Fprintf(stdout, `### The control room, on %s
 
@@ -65,14 +58,7 @@ func (r *rig) idle(ctx context.Context, p plan, s side) (processors float64, err
 		leave := r.watch(ctx, p.binary)
 		defer func() { err = errors.Join(err, leave()) }()
 	}
-	used := func() (all time.Duration, err error) {
-		now, err := r.read(ctx, false)
-		for _, c := range now {
-			all += c.sidecar + c.postgres
-		}
-		return all, err
-	}
-	before, err := used()
+	before, err := r.read(ctx, false)
 	if err != nil {
 		return 0, err
 	}
@@ -82,11 +68,11 @@ func (r *rig) idle(ctx context.Context, p plan, s side) (processors float64, err
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
-	after, err := used()
+	after, err := r.read(ctx, false)
 	if err != nil {
 		return 0, err
 	}
-	return (after - before).Seconds() / time.Since(begin).Seconds(), nil
+	return (cpuTime(after) - cpuTime(before)).Seconds() / time.Since(begin).Seconds(), nil
 }
 
 // watch seats an audience at every node. leave ends it, and says whether it has seen what it came for.
@@ -155,18 +141,10 @@ func (w *written) Write(b []byte) (int, error) {
 
 // fetch reads an answer to its end, which for a stream is that of ctx.
 func fetch(ctx context.Context, url string) (int64, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	body, err := get(ctx, url)
 	if err != nil {
 		return 0, err
 	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return 0, err
-	}
-	defer response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		return 0, fmt.Errorf("%s: %s", url, response.Status)
-	}
-	n, err := io.Copy(io.Discard, response.Body)
-	return n, err
+	defer body.Close()
+	return io.Copy(io.Discard, body)
 }

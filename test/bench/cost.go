@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"strconv"
@@ -31,6 +32,14 @@ func (c counters) minus(o counters) counters {
 		c.flushes - o.flushes, c.sidecarFlushes - o.sidecarFlushes, c.entries - o.entries,
 		c.wal - o.wal, c.postgres - o.postgres, c.sidecar - o.sidecar,
 	}
+}
+
+// cpuTime is what all servers have used, and their sidecars.
+func cpuTime(all []counters) (sum time.Duration) {
+	for _, c := range all {
+		sum += c.postgres + c.sidecar
+	}
+	return sum
 }
 
 // statisticsDelay is how long PostgreSQL may keep a backend's counters to itself.
@@ -113,19 +122,31 @@ const (
 	entriesMetric = "quorate_consensus_last_index"
 )
 
-// readSidecar reads the sidecar's own counters into c.
-func (c *counters) readSidecar(ctx context.Context, address string) error {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
+// get asks a node's HTTP server for something that is there.
+func get(ctx context.Context, url string) (io.ReadCloser, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return fmt.Errorf("read metrics: %w", err)
+		return nil, err
 	}
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
+		return nil, err
+	}
+	if response.StatusCode != http.StatusOK {
+		return nil, errors.Join(fmt.Errorf("%s: %s", url, response.Status), response.Body.Close())
+	}
+	return response.Body, nil
+}
+
+// readSidecar reads the sidecar's own counters into c.
+func (c *counters) readSidecar(ctx context.Context, address string) error {
+	body, err := get(ctx, "http://"+address+"/metrics")
+	if err != nil {
 		return fmt.Errorf("read metrics: %w", err)
 	}
-	defer response.Body.Close()
+	defer body.Close()
 	values := map[string]float64{flushMetric: math.NaN(), entriesMetric: math.NaN()}
-	lines := bufio.NewScanner(response.Body)
+	lines := bufio.NewScanner(body)
 	for lines.Scan() {
 		name, text, ok := strings.Cut(lines.Text(), " ")
 		if !ok || name != flushMetric && name != entriesMetric {
