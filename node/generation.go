@@ -13,6 +13,8 @@ import (
 
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/replication"
+	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
@@ -44,9 +46,9 @@ func compareServer(known config.Server, found pg.Mark) error {
 	return nil
 }
 
-// nextGeneration compares data directory and PostgreSQL, and says which generation begins. It stands in the data directory
-// before PostgreSQL can have it.
-func (n *Node) nextGeneration(ctx context.Context, conn *pgconn.PgConn) (uint64, error) {
+// nextGeneration compares data directory and PostgreSQL, and says which generation begins, and with it an incarnation. Both stand in
+// the data directory before PostgreSQL can have anything of them. No session of an earlier incarnation may be left.
+func (n *Node) nextGeneration(ctx context.Context, conn *pgconn.PgConn, incarnation uint64) (uint64, error) {
 	found, err := pg.ReadMark(ctx, conn)
 	if err != nil {
 		return 0, err
@@ -60,13 +62,43 @@ func (n *Node) nextGeneration(ctx context.Context, conn *pgconn.PgConn) (uint64,
 	}
 	next := max(found.Generation, known.Generation) + 1
 	return next, n.identity.change(func(id *config.Identity) {
-		id.Server = config.Server{SystemIdentifier: found.SystemIdentifier, Generation: found.Generation, Next: next}
+		id.Server.SystemIdentifier, id.Server.Generation, id.Server.Next = found.SystemIdentifier, found.Generation, next
+		id.Server = id.Server.Begin(config.Incarnation{ID: incarnation, XID: found.NextXID})
 	})
 }
 
 // generationBegun notes that PostgreSQL has it.
 func (n *Node) generationBegun(generation uint64) error {
 	return n.identity.change(func(id *config.Identity) { id.Server.Generation, id.Server.Next = generation, 0 })
+}
+
+// If both places were set back together, to a snapshot of the whole machine say, they agree. Only the others know then what
+// the node has been, and the log tells: of an incarnation that is not here, or of transactions of one that is, under ids
+// that PostgreSQL had not given out in it.
+
+// checkAnnounced refuses to announce an incarnation behind one that the node does not know to have been its own. A
+// witness does not know any.
+func (n *Node) checkAnnounced(m *replication.Machine) error {
+	last, _ := m.Membership().Find(n.cfg.Node)
+	if n.cfg.Witness() || last.Incarnation == 0 || n.identity.get().Server.Knows(last.Incarnation) {
+		return nil
+	}
+	return fmt.Errorf("the node was set back: by the log it has been started since, as incarnation %x, and nothing here knows of that: %w", last.Incarnation, errSetBack)
+}
+
+// earlier says how a transaction that an earlier incarnation of this node had proposed is to be applied. Its session is
+// gone. If it ran on this server as it is, it may have committed: apply asks for the status of its xid, as for any session
+// that was lost. Of an incarnation that is not known it was decided too late to commit here, or it ran on what this server
+// was before it was set back; either way it is not here.
+func (i *incarnation) earlier(d replication.Decision) (apply.Local, error) {
+	gid, xid := d.Set.GID, d.Set.XID
+	switch {
+	case i.server.Gave(gid.Incarnation, xid):
+		return earlier{}, nil
+	case i.server.Knows(gid.Incarnation):
+		return nil, fmt.Errorf("PostgreSQL was set back: it has not given out the id %d of transaction %s, which it had run: %w", xid, gid, errSetBack)
+	}
+	return nil, nil
 }
 
 // flushedFile says how far the WAL of PostgreSQL was on disk when that was last looked at. It is not flushed itself: an

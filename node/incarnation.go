@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/replication/apply"
@@ -33,8 +34,9 @@ type incarnation struct {
 	id      uint64 // in the GIDs of its transactions
 	token   string // of this node's DDL messages
 	start   txn.CSN
-	life    string // of the server
-	version string // of the server
+	life    string        // of the server
+	server  config.Server // with the incarnations before this one
+	version string        // of the server
 	metrics *prometheus.Registry
 
 	catalog  *pg.Catalog
@@ -240,7 +242,11 @@ func (i *incarnation) catchUp(ctx context.Context) error {
 	}
 	select {
 	case csn := <-i.announced:
-		return i.pipeline.WaitFor(ctx, csn)
+		// What earlier incarnations committed is in the progress then, and nobody asks about it again.
+		if err := i.pipeline.Flush(ctx, csn); err != nil {
+			return err
+		}
+		return i.n.identity.change(func(id *config.Identity) { id.Server = id.Server.CaughtUp() })
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -146,6 +147,9 @@ func (n *Node) announce(ctx context.Context, m *replication.Machine, incarnation
 		if err := m.WaitFor(ctx, index); err != nil {
 			return err
 		}
+		if err := n.checkAnnounced(m); err != nil {
+			return err
+		}
 		if f := n.founding(m.Membership()); f != nil {
 			if _, err := c.Propose(ctx, f); err != nil {
 				return err
@@ -156,8 +160,8 @@ func (n *Node) announce(ctx context.Context, m *replication.Machine, incarnation
 	}
 	for {
 		err := try()
-		if err == nil {
-			return nil
+		if err == nil || errors.Is(err, errSetBack) {
+			return err
 		}
 		n.log.Info("the node is not in the cluster yet", logkey.Reason, err)
 		if err := n.awaitLeader(ctx); err != nil {

@@ -43,8 +43,12 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 		switch {
 		case held != nil:
 			item.Local = local{held}
-		case own && gid.Incarnation != i.id:
-			item.Local = earlier{}
+		case own && gid.Incarnation != i.id && item.CSN > i.start:
+			var err error
+			if item.Local, err = i.earlier(d); err != nil {
+				i.fail(err)
+				return
+			}
 		}
 		items = append(items, item)
 	}
@@ -61,8 +65,7 @@ type local struct{ *coord.Transaction }
 
 func (l local) Committed() bool { return l.DidCommit() }
 
-// earlier stands for a transaction that an earlier incarnation of this node proposed. Its session is gone, but it may
-// have committed before: apply asks the server for the status of its xid, as for any session that was lost.
+// earlier stands for a transaction that an earlier incarnation of this node proposed, and that may have committed.
 type earlier struct{}
 
 var gone = func() chan struct{} { c := make(chan struct{}); close(c); return c }()

@@ -100,7 +100,7 @@ func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (e
 		return err
 	}
 	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: replication.MaxSlots}
-	if id.Generation, err = n.nextGeneration(ctx, conn); err != nil {
+	if id.Generation, err = n.nextGeneration(ctx, conn, i.id); err != nil {
 		return err
 	}
 	if i.token, err = pg.Install(ctx, conn, id); err != nil {
@@ -109,6 +109,7 @@ func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (e
 	if err := n.generationBegun(id.Generation); err != nil {
 		return err
 	}
+	i.server = n.identity.get().Server
 	i.start, err = apply.Progress(ctx, conn)
 	return err
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -155,6 +157,80 @@ func awaitActive(t *testing.T, ctx context.Context, n *Node, last *incarnation) 
 		case <-ctx.Done():
 			t.Fatalf("the node is not active: %+v", n.states.current())
 		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// TestWholeNodeSetBack: a node whose data directory and PostgreSQL were set back together, so that they agree, does not take
+// its own transactions, which the log has, for those that PostgreSQL has committed under the same ids since. It stops.
+func TestWholeNodeSetBack(t *testing.T) {
+	for _, when := range []string{"before its last start", "in its last life"} {
+		t.Run(when, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			cfg := loneNode(t)
+			n := openNode(t, ctx, cfg)
+			insert(t, ctx, cfg, "CREATE TABLE t (id bigint PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+			if err := n.Close(ctx); err != nil {
+				t.Fatal(err)
+			}
+			data := cfg.Postgres.DataDir
+			if out, err := exec.CommandContext(ctx, "cp", "-a", data, data+".backup").CombinedOutput(); err != nil { // with its owner
+				t.Fatalf("%v: %s", err, out)
+			}
+			backup := claim(t, cfg)
+			flushed, err := os.ReadFile(filepath.Join(cfg.DataDir, flushedFile))
+			if err != nil {
+				t.Fatal(err)
+			}
+			n = openNode(t, ctx, cfg)
+			if when == "in its last life" { // a copy made the moment that it began
+				backup.Server.Incarnations = n.identity.get().Server.Incarnations
+			}
+			insert(t, ctx, cfg, "INSERT INTO t VALUES (2)", "INSERT INTO t VALUES (3)", "INSERT INTO t VALUES (4)")
+			if err := n.Close(ctx); err != nil {
+				t.Fatal(err)
+			}
+			// The log is what a leader would have sent again.
+			if err := errors.Join(os.RemoveAll(data), os.Rename(data+".backup", data), backup.Save(cfg.DataDir),
+				os.WriteFile(filepath.Join(cfg.DataDir, flushedFile), flushed, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 { // what it has found it finds again
+				n, err := Open(ctx, cfg, claim(t, cfg), "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for s := n.states.current(); s.name != stateFailed; s = n.states.current() {
+					if s.name == stateActive || ctx.Err() != nil {
+						t.Fatalf("the node is %+v", s)
+					}
+					select {
+					case <-ctx.Done():
+					case <-time.After(time.Millisecond):
+					}
+				}
+				if s := n.states.current(); !strings.Contains(s.reason, "set back") || !strings.Contains(s.reason, "quorate resync") {
+					t.Errorf("it says %q", s.reason)
+				}
+				if err := n.Close(ctx); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func insert(t *testing.T, ctx context.Context, cfg config.Config, statements ...string) {
+	t.Helper()
+	conn, err := pgconn.Connect(ctx, "postgres://postgres@"+cfg.Listen.Gateway+"/postgres?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(ctx) }() // its work is done
+	for _, s := range statements {
+		if _, err := conn.Exec(ctx, s).ReadAll(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/quorate/quorate/txn"
 )
 
 const sampleFile = "../../configs/quorate.yaml"
@@ -299,5 +301,31 @@ func TestAdvertise(t *testing.T) {
 	const witness = "cluster: c\nrole: witness\ntls: {ca: a, cert: c, key: k}\ndata_dir: d\nlisten: {grpc: \"h:2\", http: \"h:3\", raft: \"h:4\"}"
 	if c, err := Parse([]byte(witness), "/d"); err != nil || !c.Witness() || c.Advertise.GRPC != "h:2" {
 		t.Errorf("%+v: %v", c, err)
+	}
+}
+
+// Transaction ids are given out again by a server that was set back: those of an incarnation are known by its bounds.
+func TestServerGave(t *testing.T) {
+	s := Server{}.Begin(Incarnation{ID: 7, XID: 100}).Begin(Incarnation{ID: 8, XID: 200}).Begin(Incarnation{ID: 9, XID: 200}).
+		Begin(Incarnation{ID: 10, XID: 250})
+	for _, x := range []struct {
+		incarnation uint64
+		xid         txn.XID
+		gave        bool
+	}{
+		{7, 99, false}, {7, 100, true}, {7, 199, true}, {7, 200, false},
+		{8, 199, false}, {8, 200, false}, {9, 200, true}, {9, 249, true}, {9, 250, false}, {10, 250, true}, {10, 1 << 40, true},
+		{6, 99, true}, {6, 100, false}, // from before they were written down
+	} {
+		if got := s.Gave(x.incarnation, x.xid); got != x.gave || !s.Knows(x.incarnation) {
+			t.Errorf("incarnation %d, id %d: %v", x.incarnation, x.xid, got)
+		}
+	}
+	s = s.CaughtUp()
+	if s.Knows(9) || s.Knows(6) || s.Gave(9, 249) || s.Gave(6, 99) || !s.Gave(10, 250) {
+		t.Errorf("when it has caught up: %+v", s)
+	}
+	if !(Server{}).CaughtUp().IsZero() {
+		t.Error("a server out of nothing")
 	}
 }

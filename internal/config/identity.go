@@ -58,10 +58,58 @@ type Server struct {
 	Generation       uint64 `yaml:"generation,omitempty"`
 	// Next is the generation that was about to be written to PostgreSQL, which may have it or not; 0: none.
 	Next uint64 `yaml:"next,omitempty"`
+	// Incarnations are those of the node in which it worked with this server, since the last one that caught up with the
+	// log, which is the first of them. One without an ID stands for all that were before they were written down.
+	Incarnations []Incarnation `yaml:"incarnations,omitempty"`
+}
+
+// Incarnation is one life of the node with its PostgreSQL.
+type Incarnation struct {
+	ID uint64 `yaml:"id"` // in the GIDs of its transactions
+	// XID: the server gave out this transaction id and higher ones in it, and in none before.
+	XID txn.XID `yaml:"xid"`
 }
 
 // IsZero reports whether the node has had no server.
-func (s Server) IsZero() bool { return s == Server{} }
+func (s Server) IsZero() bool { return s.SystemIdentifier == "" && s.Generation == 0 && s.Next == 0 }
+
+// Begin returns s with one more incarnation.
+func (s Server) Begin(i Incarnation) Server {
+	ran := s.Incarnations
+	if len(ran) == 0 {
+		ran = []Incarnation{{}}
+	}
+	s.Incarnations = append(slices.Clone(ran), i)
+	return s
+}
+
+// CaughtUp returns s without the incarnations before the latest: what they had committed is known for good, and what comes
+// of them yet did not commit here.
+func (s Server) CaughtUp() Server {
+	s.Incarnations = slices.Clone(s.Incarnations[max(0, len(s.Incarnations)-1):])
+	return s
+}
+
+// Knows reports whether an incarnation is among those of the server.
+func (s Server) Knows(incarnation uint64) bool { return s.find(incarnation) >= 0 }
+
+// Gave reports whether the server, as it is, gave out a transaction id in an incarnation. If it did not, the transaction
+// that the incarnation has proposed under it is not here: another one may have that id since.
+func (s Server) Gave(incarnation uint64, xid txn.XID) bool {
+	at := s.find(incarnation)
+	if at < 0 || xid < s.Incarnations[at].XID {
+		return false
+	}
+	return at+1 == len(s.Incarnations) || xid < s.Incarnations[at+1].XID
+}
+
+func (s Server) find(incarnation uint64) int {
+	at := slices.IndexFunc(s.Incarnations, func(i Incarnation) bool { return i.ID == incarnation })
+	if at < 0 && len(s.Incarnations) > 0 && s.Incarnations[0].ID == 0 {
+		return 0
+	}
+	return at
+}
 
 func (i Identity) path(dir string) string { return filepath.Join(dir, "identity") }
 

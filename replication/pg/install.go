@@ -37,14 +37,17 @@ type Mark struct {
 	SystemIdentifier string
 	Generation       uint64  // of the last Install; 0: none
 	Flushed          txn.LSN // how far its WAL is on disk
+	// NextXID is above every transaction id whose transaction has ended.
+	NextXID txn.XID
 }
 
 // ReadMark returns the database's.
 func ReadMark(ctx context.Context, conn *pgconn.PgConn) (m Mark, err error) {
-	var flushed string
+	var flushed, xid string
 	if err := errors.Join(
 		scan(ctx, conn, `SELECT system_identifier::text FROM pg_catalog.pg_control_system()`, &m.SystemIdentifier),
 		scan(ctx, conn, `SELECT (pg_catalog.pg_current_wal_flush_lsn() OPERATOR(pg_catalog.-) '0/0')::text`, &flushed),
+		scan(ctx, conn, `SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text`, &xid),
 	); err != nil {
 		return m, err
 	}
@@ -53,6 +56,11 @@ func ReadMark(ctx context.Context, conn *pgconn.PgConn) (m Mark, err error) {
 		return m, fmt.Errorf("read where the WAL ends: %w", err)
 	}
 	m.Flushed = txn.LSN(lsn)
+	next, err := strconv.ParseUint(xid, 10, 64)
+	if err != nil {
+		return m, fmt.Errorf("read the next transaction id: %w", err)
+	}
+	m.NextXID = txn.XID(next)
 	var has string
 	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_catalog.pg_attribute
 		WHERE attrelid = to_regclass('quorate.identity') AND attname = 'generation' AND NOT attisdropped`, &has); err != nil || has == "0" {
