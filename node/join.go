@@ -147,6 +147,7 @@ func (n *Node) admitted(resp *pb.AddResponse) error {
 	return n.identity.change(func(id *config.Identity) {
 		id.State, id.Node, id.ClusterID = config.StateJoining, txn.NodeID(resp.Node), txn.UUID(resp.ClusterId)
 		id.Peers, id.Token, id.Server, id.Started = resp.Peers, "", config.Server{}, false
+		id.Previous = txn.UUID{}
 	})
 }
 

@@ -109,10 +109,11 @@ func (n *Node) founding(now replication.Membership) []byte {
 	switch {
 	case now.Cluster == id.ClusterID, !id.Request.IsZero() && id.Previous.IsZero():
 		return nil // known, or this node has joined and will be told
-	case now.Founded() && now.Cluster == id.Previous:
-		return codec.AppendFound(nil, &codec.Found{Cluster: id.ClusterID, Previous: id.Previous, Founders: []codec.Founder{n.founder(id.Node, 0, n.cfg.Witness())}})
-	case now.Founded():
+	case now.Founded() && id.Previous.IsZero():
 		return nil
+	case now.Founded():
+		// Forced. Which cluster the log is of only the log knows: forcing may have been repeated before the node ran.
+		return codec.AppendFound(nil, &codec.Found{Cluster: id.ClusterID, Previous: now.Cluster, Founders: []codec.Founder{n.founder(id.Node, 0, n.cfg.Witness())}})
 	}
 	f := &codec.Found{Cluster: id.ClusterID}
 	for slot, m := range n.cfg.Members {

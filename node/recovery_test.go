@@ -234,3 +234,31 @@ func insert(t *testing.T, ctx context.Context, cfg config.Config, statements ...
 		}
 	}
 }
+
+// TestForceNewClusterTwice: whoever is not sure that it has worked does it again, and the cluster can be joined all the same.
+func TestForceNewClusterTwice(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg := loneNode(t)
+	n := openNode(t, ctx, cfg)
+	was := n.membership().Cluster
+	if err := n.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := ForceNewCluster(cfg, slog.New(slog.DiscardHandler)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n = openNode(t, ctx, cfg)
+	id := n.identity.get().ClusterID
+	if in := n.membership(); in.Cluster != id || id == was {
+		t.Errorf("the log is of cluster %s, the node of %s, which was %s", in.Cluster, id, was)
+	}
+	if _, _, err := n.lead(ctx); err != nil {
+		t.Error(err)
+	}
+	if err := n.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+}

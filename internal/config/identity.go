@@ -34,7 +34,7 @@ type Identity struct {
 	ClusterID txn.UUID   `yaml:"cluster_id,omitempty"`
 	Node      txn.NodeID `yaml:"node"`
 	State     string     `yaml:"state,omitempty"` // empty: StateMember
-	// Previous is the cluster that this one goes on from, after quorate recover --force-new-cluster.
+	// Previous is the cluster that the node belonged to before quorate recover --force-new-cluster; zero: it was never used.
 	Previous txn.UUID `yaml:"previous,omitempty"`
 	// Request is what it was admitted by, or asks by; zero: it has founded the cluster.
 	Request txn.UUID `yaml:"request,omitempty"`
