@@ -84,8 +84,13 @@ func (s *session) enter() error {
 		after := s.after
 		s.after = afterEffect{}
 		if !failed {
-			return s.apply(after)
+			if err := s.apply(after); err != nil {
+				return err
+			}
 		}
+	}
+	if s.mode == modeIdle {
+		return s.forget()
 	}
 	return nil
 }

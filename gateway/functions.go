@@ -108,6 +108,7 @@ func (s *session) inform(a asked) error {
 		set = "SET LOCAL "
 	}
 	var b []byte
+	var names []string
 	if a.gid {
 		if s.gid.IsZero() {
 			s.gid = s.g.cfg.Coordinator.Reserve()
@@ -121,7 +122,8 @@ func (s *session) inform(a asked) error {
 		for _, gid := range a.outcomes {
 			all = append(all, gid.String()+"="+s.g.cfg.Coordinator.TransactionStatus(ctx, gid))
 		}
-		b = appendHidden(b, set+"quorate.outcomes = '"+strings.Join(all, ",")+"'")
+		b = appendHidden(b, set+outcomesSetting+" = '"+strings.Join(all, ",")+"'")
+		names = append(names, outcomesSetting)
 	}
 	for i, name := range sqllex.ViewNames {
 		if a.views&(1<<i) == 0 {
@@ -133,8 +135,34 @@ func (s *session) inform(a asked) error {
 			local = "true"
 		}
 		// As parameters: other sessions of the role may see the text of a statement.
-		b = appendHidden(b, seenSQL, "quorate.seen_"+name, full, public, local)
+		b = appendHidden(b, seenSQL, seenSetting+name, full, public, local)
+		names = append(names, seenSetting+name)
 	}
+	if status != 'T' {
+		s.informed = append(s.informed, names...)
+	}
+	s.push(reply{until: untilSync, hidden: true})
+	return s.send(appendSync(b))
+}
+
+// Settings in which functions of schema quorate find what they return; see replication/pg/schema.sql.
+const (
+	outcomesSetting = "quorate.outcomes"
+	seenSetting     = "quorate.seen_" // and the view's name
+)
+
+// forget takes back what a statement outside a block was told, before the next one, which may read the same without its
+// being seen: by EXECUTE, or in a function. In a block the end of the transaction does that. The client loop calls it
+// outside a block, when nothing is outstanding.
+func (s *session) forget() error {
+	if len(s.informed) == 0 {
+		return nil
+	}
+	var b []byte
+	for _, name := range s.informed {
+		b = appendHidden(b, "RESET "+name)
+	}
+	s.informed = s.informed[:0]
 	s.push(reply{until: untilSync, hidden: true})
 	return s.send(appendSync(b))
 }

@@ -107,7 +107,8 @@ type session struct {
 	settleNext bool
 	held       heldCommit
 	after      afterEffect
-	wishBefore bool // at the beginning of the block
+	wishBefore bool     // at the beginning of the block
+	informed   []string // settings that tell the last statement outside a block what it asks for
 }
 
 // mode is what the client loop knows of the transaction.

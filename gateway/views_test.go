@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -50,7 +51,8 @@ func testViews(t *testing.T, f *fixture) {
 		expect(t, pg, "SELECT "+columns+" FROM quorate.conflicts", row+" SELECT 1 T")
 		expect(t, pg, "COMMIT", "COMMIT I")
 		expect(t, pg, "SET standard_conforming_strings = off; SELECT "+columns+" FROM Quorate . Conflicts", "SET "+row+" SELECT 1 I")
-		expect(t, pg, "SELECT current_setting('quorate.seen_conflicts') LIKE '%secret%'", map[bool]string{true: "(t) SELECT 1 I", false: "(f) SELECT 1 I"}[row == all])
+		expect(t, pg, "SELECT current_setting('quorate.seen_conflicts') LIKE '%secret%' FROM quorate.conflicts", map[bool]string{true: "(t) SELECT 1 I", false: "(f) SELECT 1 I"}[row == all])
+		expect(t, pg, `SELECT `+columns+` FROM "quorate"."conflicts"`, row+" SELECT 1 I")
 		for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec} {
 			for range 2 {
 				var got string
@@ -69,6 +71,22 @@ func testViews(t *testing.T, f *fixture) {
 	expect(t, c, "BEGIN; SELECT count(*) FROM quorate.nodes", "BEGIN (0) SELECT 1 T")
 	expect(t, c, "COMMIT", "COMMIT I")
 	expect(t, c, "SELECT * FROM nodes", "!0A000 I")
+	expect(t, c, "SELECT count(*) FROM quorate.nodes", "(0) SELECT 1 I")
+	expect(t, c, "SELECT count(*) FROM nodes", "!0A000 I")
+	expect(t, c, "SELECT count(*) FROM quorate.nodes", "(0) SELECT 1 I")
+	expect(t, c, "BEGIN", "BEGIN T")
+	expect(t, c, "SELECT count(*) FROM nodes", "!0A000 E")
+	expect(t, c, "ROLLBACK", "ROLLBACK I")
+	expect(t, c, "PREPARE p AS SELECT count(*) FROM quorate.nodes", "PREPARE I")
+	expect(t, c, "EXECUTE p", "!0A000 I")
+	expect(t, c, "SELECT count(*) FROM quorate.nodes", "(0) SELECT 1 I")
+	if err := c.ExecParams(timeout(t), "SELECT count(*) FROM nodes", nil, nil, nil, nil).Read().Err; err == nil || !strings.Contains(err.Error(), "0A000") {
+		t.Errorf("the extended protocol: %v", err)
+	}
+	if r := c.ExecParams(timeout(t), "SELECT count(*) FROM quorate.nodes", nil, nil, nil, nil).Read(); r.Err != nil || len(r.Rows) != 1 {
+		t.Errorf("the extended protocol: %+v", r)
+	}
+	expect(t, c, "SELECT count(*) FROM nodes", "!0A000 I")
 
 	// Reading is not writing: nothing waits for an order.
 	expect(t, c, "SHOW quorate.node", "(7) SHOW I")

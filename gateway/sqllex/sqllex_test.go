@@ -153,13 +153,15 @@ func TestDetails(t *testing.T) {
 		}
 	}
 	for sql, want := range map[string][2]bool{"SELECT quorate.current_gid()": {true, false}, "SELECT Quorate.Transaction_Status($1)": {false, true},
+		`SELECT "quorate"."current_gid"(), quorate."transaction_status"($1)`: {true, true}, `SELECT "Current_Gid", """transaction_status" FROM "`: {},
 		"SELECT 'current_gid', $$transaction_status$$ -- current_gid": {}} {
 		if st := one(sql); [2]bool{st.AsksGID, st.AsksStatus} != want {
 			t.Errorf("%s: asks %v, %v", sql, st.AsksGID, st.AsksStatus)
 		}
 	}
 	for sql, want := range map[string]Views{"SELECT * FROM quorate.nodes": 1, "TABLE Quorate . Heartbeats": 2, "SELECT 1 FROM quorate.status s, quorate.events": 4 | 32,
-		"SELECT quorate.nudge, nodes, x.quorate, y.nodes, 'quorate.nodes' -- quorate.nodes": 0, "SELECT (quorate).nodes FROM q": 0, "SELECT quorate.transactions.gid FROM quorate.conflicts": 8 | 16} {
+		"SELECT quorate.nudge, nodes, x.quorate, y.nodes, 'quorate.nodes' -- quorate.nodes": 0, "SELECT (quorate).nodes FROM q": 0, "SELECT quorate.transactions.gid FROM quorate.conflicts": 8 | 16,
+		`SELECT * FROM "quorate"."nodes", "quorate".events, QUORATE."status"`: 1 | 32 | 4, `SELECT "nodes" FROM "Quorate"."nodes", "quorate"."Nodes", "quorate.nodes", x."nodes"`: 0} {
 		if got := one(sql).Views; got != want {
 			t.Errorf("%s: views %b, want %b", sql, got, want)
 		}

@@ -89,9 +89,13 @@ type Views uint8
 // ViewNames are the names of the views; the bit 1<<i of Views stands for the i-th.
 var ViewNames = [...]string{"nodes", "heartbeats", "status", "transactions", "conflicts", "events"}
 
-func viewNamed(lower []byte) Views {
-	for i, name := range ViewNames {
-		if string(lower) == name {
+// viewBehind returns the view that a name behind a token and its word stands for, if it is one of schema quorate.
+func viewBehind(last token, lastWord wordClass, name []byte) Views {
+	if last.kind != tokOther || last.char != '.' || lastWord != wordQuorate {
+		return 0
+	}
+	for i, view := range ViewNames {
+		if string(name) == view {
 			return 1 << i
 		}
 	}
@@ -212,9 +216,7 @@ func (p *parser) statement() (st Statement, more bool) {
 			case wordStatus:
 				st.AsksStatus = true
 			}
-			if last.kind == tokOther && last.char == '.' && lastWord == wordQuorate {
-				st.Views |= viewNamed(text)
-			}
+			st.Views |= viewBehind(last, lastWord, text)
 			if lastWord != wordExecute && p.callFollows() { // EXECUTE name (…) calls nothing by that name
 				known, large := p.builtin(text, last)
 				callWrites = callWrites || !known
@@ -224,6 +226,16 @@ func (p *parser) statement() (st Statement, more bool) {
 			for _, c := range p.src[t.start:t.end] {
 				hash = (hash ^ uint64(c)) * fnvPrime
 			}
+			name := p.quotedName(t)
+			switch w := classifyWord(name); w {
+			case wordQuorate:
+				word = w
+			case wordCurrentGID:
+				st.AsksGID = true
+			case wordStatus:
+				st.AsksStatus = true
+			}
+			st.Views |= viewBehind(last, lastWord, name)
 			if p.callFollows() {
 				callWrites = true
 			}
@@ -424,9 +436,18 @@ func (p *parser) named(i int, name string) bool {
 	case tokIdent:
 		return equalFold(p.src[t.start:t.end], name)
 	case tokQuoted:
-		return t.end-t.start >= 2 && string(p.src[t.start+1:t.end-1]) == name
+		return string(p.quotedName(t)) == name
 	}
 	return false
+}
+
+// quotedName returns what stands between the quotes: a name as it is, and never a keyword. Names with quotes or escapes in
+// them are not ours, and stay as they are written.
+func (p *parser) quotedName(t token) []byte {
+	if t.end-t.start < 2 {
+		return nil // the text ends with the quote
+	}
+	return p.src[t.start+1 : t.end-1]
 }
 
 // value reports whether head token i is the word, as identifier or constant.
