@@ -36,9 +36,10 @@ type Status struct {
 	Role        Role
 	Term        uint64
 	CommitIndex txn.LogIndex
-	// AppliedIndex and Applied: everything up to here is visible in this node's PostgreSQL.
+	// AppliedIndex and Applied: everything up to here is visible in this node's PostgreSQL. Applied is nil if it holds no
+	// data, or that is not known yet.
 	AppliedIndex txn.LogIndex
-	Applied      txn.CSN
+	Applied      *txn.CSN
 	CSN          txn.CSN // the newest transaction known to commit
 	State        string  // "active", or what the node is doing instead
 	Writes       bool    // whether clients can commit writes here
@@ -147,11 +148,17 @@ func (a *Admin) Status(ctx context.Context, req *pb.StatusRequest) (*pb.StatusRe
 		resp.Csn = max(resp.Csn, m.Csn)
 	}
 	for _, m := range resp.Members {
-		if m.State != NoContact {
-			m.Lag = resp.Csn - min(resp.Csn, m.AppliedCsn)
-		}
+		m.Lag = Lag(resp.Csn, m.AppliedCsn)
 	}
 	return resp, nil
+}
+
+// Lag returns how many transactions who has applied so much is behind the newest; nil for who holds no data.
+func Lag(newest uint64, applied *uint64) *uint64 {
+	if applied == nil {
+		return nil
+	}
+	return proto.Uint64(newest - min(newest, *applied))
 }
 
 // askAll returns all members in the order of their ids.
@@ -210,7 +217,7 @@ func (a *Admin) self(s Status) *pb.Member {
 	got := &pb.Member{
 		State: s.State, AcceptsWrites: s.Writes, Reason: s.Reason, Role: roles[s.Role],
 		Term: s.Term, CommitIndex: uint64(s.CommitIndex), AppliedIndex: uint64(s.AppliedIndex),
-		Csn: uint64(s.CSN), AppliedCsn: uint64(s.Applied), Version: a.cfg.Version, PostgresVersion: s.Postgres,
+		Csn: uint64(s.CSN), AppliedCsn: (*uint64)(s.Applied), Version: a.cfg.Version, PostgresVersion: s.Postgres,
 		LastContactMs: proto.Uint64(0), Health: s.Health, Hears: s.Hears,
 	}
 	got.Id = uint32(a.cfg.Node)

@@ -83,6 +83,8 @@ func dial(t *testing.T, address string) *grpc.ClientConn {
 	return conn
 }
 
+func applied(csn txn.CSN) *txn.CSN { return &csn }
+
 func TestStatus(t *testing.T) {
 	l1, l2, stranger := listen(t), listen(t), listen(t)
 	dead := listen(t)
@@ -99,9 +101,9 @@ func TestStatus(t *testing.T) {
 		return admin.Config{Cluster: cluster, Node: id, Version: "test", Members: list(members...), Source: source(s)}
 	}
 	serve(t, l1, config("c", 1, admin.Status{Leader: 2, Role: admin.Follower, Term: 7, CommitIndex: 100, AppliedIndex: 90,
-		CSN: 50, Applied: 40, State: "catching-up", Reason: "behind"}))
+		CSN: 50, Applied: applied(40), State: "catching-up", Reason: "behind"}))
 	_, second := serve(t, l2, config("c", 2, admin.Status{Leader: 2, Role: admin.Leader, Term: 7, CommitIndex: 104, AppliedIndex: 104,
-		CSN: 52, Applied: 52, State: "active", Writes: true, Postgres: "18.4"}))
+		CSN: 52, Applied: applied(52), State: "active", Writes: true, Postgres: "18.4"}))
 	serve(t, stranger, config("other", 4, admin.Status{State: "active", Writes: true, CSN: 1000}))
 
 	client := pb.NewClusterClient(dial(t, l1.Addr().String()))
@@ -116,14 +118,14 @@ func TestStatus(t *testing.T) {
 	}
 	one, two, three, four := resp.Members[0], resp.Members[1], resp.Members[2], resp.Members[3]
 	if one.Id != 1 || one.Role != pb.Role_ROLE_FOLLOWER || one.State != "catching-up" || one.AcceptsWrites || one.Reason != "behind" ||
-		one.AppliedIndex != 90 || one.Lag != 12 || one.GatewayAddress != "g1" {
+		one.AppliedIndex != 90 || one.GetLag() != 12 || one.GatewayAddress != "g1" {
 		t.Errorf("node 1: %v", one)
 	}
-	if two.Id != 2 || two.Role != pb.Role_ROLE_LEADER || !two.AcceptsWrites || two.AppliedIndex != 104 || two.Lag != 0 ||
+	if two.Id != 2 || two.Role != pb.Role_ROLE_LEADER || !two.AcceptsWrites || two.AppliedIndex != 104 || two.Lag == nil || two.GetLag() != 0 ||
 		two.RaftAddress != "r2" || two.PostgresVersion != "18.4" || two.LastContactMs == nil {
 		t.Errorf("node 2: %v", two)
 	}
-	if three.Id != 3 || three.State != admin.NoContact || three.Reason == "" || three.LastContactMs != nil || three.AcceptsWrites {
+	if three.Id != 3 || three.State != admin.NoContact || three.Reason == "" || three.LastContactMs != nil || three.Lag != nil || three.AcceptsWrites {
 		t.Errorf("node 3, which does not run: %v", three)
 	}
 	if four.State != admin.NoContact || four.Reason == "" || four.Csn != 0 {

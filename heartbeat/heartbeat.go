@@ -11,7 +11,7 @@
 // A member is lost after a time in which this process was at work and heard nothing: on a machine without a processor to
 // spare, what lies unread is not what was not sent. Ages are by the clock all the same.
 //
-// Nothing is decided by heartbeats. Who leads and whether there is a quorum is Raft's to say.
+// Who leads and whether there is a quorum is not decided by heartbeats but by Raft. What they tell of lag, flow control goes by.
 package heartbeat
 
 import (

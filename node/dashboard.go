@@ -178,9 +178,12 @@ func shownNode(seen *pb.View, from *pb.NodeView) dashboard.Node {
 	if h := from.Health; h != nil {
 		is.State, is.Reason, is.Role, is.Writes = h.State, h.Reason, h.Role, h.AcceptsWrites
 		is.Version, is.Postgres = h.Version, h.PostgresVersion
-		is.Term, is.CommitIndex, is.AppliedIndex = &h.Term, ptr(txn.LogIndex(h.CommitIndex)), ptr(txn.LogIndex(h.AppliedIndex))
-		is.Lag, is.TPS, is.Aborts, is.Uptime = &from.Lag, &h.CommitsPerSecond, &h.AbortsPerSecond, ptr(millis(h.UptimeSeconds))
-		if h.PostgresUp {
+		is.Term, is.CommitIndex = &h.Term, ptr(txn.LogIndex(h.CommitIndex))
+		is.Lag, is.TPS, is.Aborts, is.Uptime = from.Lag, &h.CommitsPerSecond, &h.AbortsPerSecond, ptr(millis(h.UptimeSeconds))
+		if h.AppliedCsn != nil {
+			is.AppliedIndex = ptr(txn.LogIndex(h.AppliedIndex))
+		}
+		if h.GetPostgresUp() {
 			is.Connections, is.MaxConnections = ptr(uint64(h.Connections)), ptr(uint64(h.MaxConnections))
 			is.WAL, is.OldestTransaction = &h.WalKeptBytes, ptr(millis(h.OldestTransactionSeconds))
 		}
@@ -258,8 +261,8 @@ func (s *shown) Counters() dashboard.Counters {
 		Own: n.seen.commits.Load(), Aborts: map[string]uint64{}, Lag: map[txn.NodeID]uint64{}, Queue: map[string]uint64{},
 	}
 	for _, node := range n.View().Nodes {
-		if node.Heard && node.Health != nil {
-			c.Lag[txn.NodeID(node.Id)] = node.Lag
+		if node.Heard && node.Lag != nil {
+			c.Lag[txn.NodeID(node.Id)] = *node.Lag
 		}
 	}
 	i := n.current.Load()

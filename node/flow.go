@@ -36,14 +36,22 @@ func throttle(lag, limit uint64) (delay time.Duration, wait bool) {
 	return time.Duration(float64(maxDelay) * float64(lag-limit) / float64(limit)), false
 }
 
+// behind returns how many transactions a member lags behind the newest, if that counts: it is active, and holds data. A
+// witness applies nothing, and nobody waits for it.
+func behind(h *pb.Health, newest uint64) (lag uint64, counts bool) {
+	if h.GetState() != stateActive || h.AppliedCsn == nil {
+		return 0, false
+	}
+	return newest - min(newest, h.GetAppliedCsn()), true
+}
+
 // slowest returns how far behind the slowest active member is that is heard, other than this node.
-func (n *Node) slowest(last txn.CSN) (lag uint64) {
+func (n *Node) slowest(last txn.CSN) (slowest uint64) {
 	n.seen.beats.EachHeard(func(_ txn.NodeID, h *pb.Health) {
-		if h.GetState() == stateActive {
-			lag = max(lag, uint64(last)-min(uint64(last), h.GetAppliedCsn()))
-		}
+		lag, _ := behind(h, uint64(last))
+		slowest = max(slowest, lag)
 	})
-	return lag
+	return slowest
 }
 
 // awaitOthers holds up a proposal for as long as flow control asks.
@@ -113,9 +121,9 @@ func (i *incarnation) lookAtLag(ctx context.Context, done func(lag uint64, activ
 		active, keeping := 1, 0
 		limit := uint64(i.n.cfg.Limits.Lag)
 		i.n.seen.beats.EachHeard(func(_ txn.NodeID, h *pb.Health) {
-			if h.GetState() == stateActive {
+			if lag, counts := behind(h, newest); counts {
 				active++
-				if newest-h.GetAppliedCsn() <= limit {
+				if lag <= limit {
 					keeping++
 				}
 			}

@@ -117,13 +117,23 @@ func (n *Node) hasQuorum() bool {
 	return c != nil && time.Since(c.QuorumContact()) <= c.QuorumTimeout()
 }
 
+// expectsServer reports whether this node's PostgreSQL should answer: not where there is none, nor none with the data yet,
+// nor where nobody asks it any more.
+func (n *Node) expectsServer() bool {
+	switch n.states.current().name {
+	case stateJoining, stateCloning, stateFailed, stateRemoved, stateStopping:
+		return false
+	}
+	return !n.cfg.Witness()
+}
+
 // health says how this node is. It asks nobody.
 func (n *Node) health() *pb.Health {
 	s := n.status()
 	h := &pb.Health{
 		State: s.State, Reason: s.Reason, AcceptsWrites: s.Writes, Quorum: n.hasQuorum(), Role: s.Role.String(),
 		Leader: uint32(s.Leader), Term: s.Term, CommitIndex: uint64(s.CommitIndex), AppliedIndex: uint64(s.AppliedIndex),
-		Csn: uint64(s.CSN), AppliedCsn: uint64(s.Applied), Version: n.version, UptimeSeconds: time.Since(n.seen.began).Seconds(),
+		Csn: uint64(s.CSN), AppliedCsn: (*uint64)(s.Applied), Version: n.version, UptimeSeconds: time.Since(n.seen.began).Seconds(),
 	}
 	if i := n.current.Load(); i != nil {
 		queue, age := i.pipeline.Queue()
@@ -135,8 +145,11 @@ func (n *Node) health() *pb.Health {
 	if r := n.seen.rates.Load(); r != nil {
 		h.CommitsPerSecond, h.AbortsPerSecond = r.commits, r.aborts
 	}
-	if p := n.seen.server.Load(); p != nil {
-		h.PostgresUp = time.Since(p.at) < healthTimeout
+	p := n.seen.server.Load()
+	if n.expectsServer() {
+		h.PostgresUp = ptr(p != nil && time.Since(p.at) < healthTimeout)
+	}
+	if p != nil {
 		h.PostgresVersion, h.Connections, h.MaxConnections = p.version, p.connections, p.maxConnections
 		h.OldestTransactionSeconds, h.WalKeptBytes = p.oldest, p.walKept
 	}
@@ -158,9 +171,11 @@ var (
 	writesDesc         = nodeDesc("node_accepts_writes", "1 while clients can commit writes here, else 0.")
 	membersDesc        = nodeDesc("node_members", "Members of the cluster, as far as this node knows.")
 	membersHeardDesc   = nodeDesc("node_members_heard", "Members that this node hears, itself included.")
+	votersDesc         = nodeDesc("node_voters", "Members whose word counts for a majority, as far as this node knows.")
+	votersHeardDesc    = nodeDesc("node_voters_heard", "Voters that this node hears, itself included.")
 	diskFreeDesc       = nodeDesc("node_disk_free_bytes", "Room left where the data directory is.")
 	diskSizeDesc       = nodeDesc("node_disk_size_bytes", "Size of the file system where the data directory is.")
-	postgresUpDesc     = nodeDesc("postgres_up", "1 while the node's PostgreSQL answers, else 0.")
+	postgresUpDesc     = nodeDesc("postgres_up", "1 while the node's PostgreSQL answers, else 0. Absent where none should: on a witness, while a node is given its data, once it is fenced or removed.")
 	connectionsDesc    = nodeDesc("postgres_connections", "Client backends of PostgreSQL, the node's own included.")
 	maxConnectionsDesc = nodeDesc("postgres_max_connections", "PostgreSQL's setting max_connections.")
 	oldestDesc         = nodeDesc("postgres_oldest_transaction_seconds", "Age of the oldest transaction in PostgreSQL.")
@@ -170,7 +185,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (c healthCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{quorumDesc, writesDesc, membersDesc, membersHeardDesc, diskFreeDesc, diskSizeDesc, postgresUpDesc,
+	for _, d := range []*prometheus.Desc{quorumDesc, writesDesc, membersDesc, membersHeardDesc, votersDesc, votersHeardDesc, diskFreeDesc, diskSizeDesc, postgresUpDesc,
 		connectionsDesc, maxConnectionsDesc, oldestDesc, walKeptDesc, buildDesc} {
 		ch <- d
 	}
@@ -185,19 +200,26 @@ func (c healthCollector) Collect(ch chan<- prometheus.Metric) {
 	h := c.n.health()
 	gauge(quorumDesc, truth[h.Quorum])
 	gauge(writesDesc, truth[h.AcceptsWrites])
-	members, heard := c.n.others(), 1.0
-	for _, id := range members {
-		if b := c.n.seen.beats; b != nil && b.Hears(id) {
-			heard++
+	hears := func(ids []txn.NodeID) (heard float64) {
+		for _, id := range ids {
+			if b := c.n.seen.beats; id == c.n.cfg.Node || b != nil && b.Hears(id) {
+				heard++
+			}
 		}
+		return heard
 	}
-	gauge(membersDesc, float64(len(members)+1))
-	gauge(membersHeardDesc, heard)
+	members, voters := append(c.n.others(), c.n.cfg.Node), c.n.voters()
+	gauge(membersDesc, float64(len(members)))
+	gauge(membersHeardDesc, hears(members))
+	gauge(votersDesc, float64(len(voters)))
+	gauge(votersHeardDesc, hears(voters))
 	gauge(diskFreeDesc, float64(h.DiskFreeBytes))
 	gauge(diskSizeDesc, float64(h.DiskTotalBytes))
-	gauge(postgresUpDesc, truth[h.PostgresUp])
 	gauge(buildDesc, 1, h.Version, h.PostgresVersion)
-	if h.PostgresUp {
+	if h.PostgresUp != nil {
+		gauge(postgresUpDesc, truth[h.GetPostgresUp()])
+	}
+	if h.GetPostgresUp() {
 		gauge(connectionsDesc, float64(h.Connections))
 		gauge(maxConnectionsDesc, float64(h.MaxConnections))
 		gauge(oldestDesc, h.OldestTransactionSeconds)

@@ -78,7 +78,8 @@ func (n *Node) status() admin.Status {
 	now := n.states.current()
 	s := admin.Status{State: now.name, Reason: now.reason, Writes: now.reason == ""}
 	if i := n.current.Load(); i != nil {
-		s.CSN, s.Applied, s.AppliedIndex = i.machine.LastCSN(), i.pipeline.Applied(), i.pipeline.AppliedIndex()
+		applied := i.pipeline.Applied()
+		s.CSN, s.Applied, s.AppliedIndex = i.machine.LastCSN(), &applied, i.pipeline.AppliedIndex()
 	} else if m := n.ledger(); m != nil {
 		s.CSN = m.LastCSN()
 	}

@@ -40,7 +40,7 @@ func (n *Node) View() *pb.View {
 		}
 		if r := reports[node.Id]; r != nil {
 			node.ReportAgeSeconds, node.Health, node.Hears = &r.AgeSeconds, r.Health, r.Heard
-			node.Lag = v.Csn - min(v.Csn, r.Health.GetAppliedCsn())
+			node.Lag = admin.Lag(v.Csn, r.Health.AppliedCsn)
 		}
 		if node.Voter {
 			v.Voters++
@@ -57,7 +57,7 @@ func (n *Node) View() *pb.View {
 func (n *Node) probe() admin.Probe {
 	h := n.health()
 	p := admin.Probe{
-		Node: n.cfg.Node, State: h.State, Role: h.Role, Writes: h.AcceptsWrites, Server: h.State == stateActive && h.PostgresUp,
+		Node: n.cfg.Node, State: h.State, Role: h.Role, Writes: h.AcceptsWrites, Server: h.State == stateActive && h.GetPostgresUp(),
 		Alive: time.Since(n.seen.began)-time.Duration(n.seen.ticked.Load()) < stuckAfter,
 	}
 	p.Reads = p.State == stateActive && n.admitting() == nil
@@ -65,7 +65,7 @@ func (n *Node) probe() admin.Probe {
 	for _, r := range n.seen.beats.Reports(h) {
 		newest = max(newest, r.Health.GetCsn())
 	}
-	p.Lag = newest - min(newest, h.AppliedCsn)
+	p.Lag = newest - min(newest, h.GetAppliedCsn())
 	return p
 }
 

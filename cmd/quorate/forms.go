@@ -21,13 +21,13 @@ type healthForm struct {
 	CommitIndex              uint64  `json:"commit_index"`
 	AppliedIndex             uint64  `json:"applied_index"`
 	CSN                      uint64  `json:"csn"`
-	AppliedCSN               uint64  `json:"applied_csn"`
+	AppliedCSN               *uint64 `json:"applied_csn"`
 	QueueTransactions        uint64  `json:"queue_transactions"`
 	QueueSeconds             float64 `json:"queue_seconds"`
 	CommitsPerSecond         float64 `json:"commits_per_second"`
 	AbortsPerSecond          float64 `json:"aborts_per_second"`
 	Sessions                 uint32  `json:"sessions"`
-	PostgresUp               bool    `json:"postgres_up"`
+	PostgresUp               *bool   `json:"postgres_up"`
 	PostgresVersion          string  `json:"postgres_version"`
 	Connections              uint32  `json:"connections"`
 	MaxConnections           uint32  `json:"max_connections"`
@@ -69,7 +69,7 @@ type nodeForm struct {
 	ID               uint32      `json:"id"`
 	Heard            bool        `json:"heard"`
 	Voter            bool        `json:"voter"`
-	Lag              uint64      `json:"lag"`
+	Lag              *uint64     `json:"lag"`
 	ReportAgeSeconds *float64    `json:"report_age_seconds"`
 	Health           *healthForm `json:"health"`
 	Hears            []heardForm `json:"hears"`

@@ -365,10 +365,13 @@ func (s *screen) nodes(v viewForm) {
 				state = cell{text: "no contact", style: bad}
 			}
 			server := cell{text: h.PostgresVersion}
-			if !h.PostgresUp {
+			switch {
+			case h.PostgresUp == nil:
+				server = cell{text: "none", style: dim}
+			case !*h.PostgresUp:
 				server = cell{text: "down", style: bad}
 			}
-			row = append(row, text(h.Role), state, yesNo(h.AcceptsWrites && n.Heard), number(n.Lag), number(h.QueueTransactions),
+			row = append(row, text(h.Role), state, yesNo(h.AcceptsWrites && n.Heard), maybe(n.Lag), number(h.QueueTransactions),
 				rate(h.CommitsPerSecond), rate(h.AbortsPerSecond), number(h.Sessions), server, size(h.DiskFreeBytes), size(h.WALKeptBytes), seconds(h.UptimeSeconds))
 		}
 		heard := unknown()

@@ -137,6 +137,14 @@ func number[T uint32 | uint64](n T) cell {
 // unknown stands for what is not known: no zero that looks like knowledge.
 func unknown() cell { return cell{text: "-", style: dim, right: true} }
 
+// maybe is a number, if it is known.
+func maybe(n *uint64) cell {
+	if n == nil {
+		return unknown()
+	}
+	return number(*n)
+}
+
 // screen is text for people.
 type screen struct {
 	colored bool

@@ -115,8 +115,8 @@ type memberStatus struct {
 	CommitIndex   uint64    `json:"commit_index"`
 	AppliedIndex  uint64    `json:"applied_index"`
 	CSN           uint64    `json:"csn"`
-	AppliedCSN    uint64    `json:"applied_csn"`
-	Lag           uint64    `json:"lag"`
+	AppliedCSN    *uint64   `json:"applied_csn"` // null, and lag too: it holds no data, or did not answer
+	Lag           *uint64   `json:"lag"`
 	LastContact   *float64  `json:"last_contact_seconds"` // null: never
 	Version       string    `json:"version"`
 	Postgres      string    `json:"postgres_version"`
@@ -176,7 +176,11 @@ func (s clusterStatus) show(to *screen) {
 			if m.Health != nil {
 				commits = rate(m.Health.CommitsPerSecond)
 			}
-			row = append(row, number(m.Term), number(m.AppliedIndex), number(m.Lag), commits)
+			appliedIndex := &m.AppliedIndex
+			if m.AppliedCSN == nil {
+				appliedIndex = nil
+			}
+			row = append(row, number(m.Term), maybe(appliedIndex), maybe(m.Lag), commits)
 		}
 		rows = append(rows, append(row, text(dash(m.Postgres)), text(dash(m.Addresses.Gateway)), text(dash(m.Addresses.HTTP))))
 	}

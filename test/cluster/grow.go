@@ -104,6 +104,7 @@ func (c *Cluster) place(i int, witness bool) error {
 		postgres, listen = "role: witness\n", ""
 	}
 	text := fmt.Sprintf("cluster: grown\ndata_dir: .\n%slisten: {%sgrpc: %q, http: %q, raft: %q}\n", postgres, listen, c.GRPC(i), c.HTTP(i), c.Raft(i))
+	text += c.options.Configuration
 	if err := os.MkdirAll(c.NodeDir(i), 0o755); err != nil {
 		return err
 	}

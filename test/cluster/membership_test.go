@@ -2,6 +2,7 @@ package cluster_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -28,11 +29,12 @@ import (
 const membershipTimeout = 6 * time.Minute
 
 // grown founds a cluster of one node, with room for others.
-func grown(t *testing.T, places int) (*cluster.Cluster, context.Context) {
+func grown(t *testing.T, places int, configuration ...string) (*cluster.Cluster, context.Context) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), membershipTimeout)
 	t.Cleanup(cancel)
-	c, err := cluster.Found(ctx, cluster.Options{Binary: command(t, withRace), Nodes: places, PGBin: pgtest.Install(t, 18).BinDir})
+	c, err := cluster.Found(ctx, cluster.Options{Binary: command(t, withRace), Nodes: places, PGBin: pgtest.Install(t, 18).BinDir,
+		Configuration: strings.Join(configuration, "")})
 	check(t, err)
 	t.Cleanup(func() {
 		err := c.Stop()
@@ -357,10 +359,11 @@ func TestRollingRestart(t *testing.T) {
 	w.end(ctx, 1, 2, 3)
 }
 
-// TestWitness: two nodes with data and a witness survive the loss of either.
+// TestWitness: two nodes with data and a witness survive the loss of either. The witness, which applies nothing, is not
+// taken for one that lags, nor for one whose PostgreSQL is down.
 func TestWitness(t *testing.T) {
 	t.Parallel()
-	c, ctx := grown(t, 3)
+	c, ctx := grown(t, 3, "limits: {lag: 16}\n")
 	check(t, c.JoinWitness(3, 1))
 	check(t, c.AwaitState(ctx, 3, "active"))
 	check(t, c.Join(2, 1))
@@ -368,7 +371,34 @@ func TestWitness(t *testing.T) {
 	conn, err := c.Connect(ctx, 1)
 	check(t, err)
 	must(t, ctx, conn, "CREATE TABLE kept (n int PRIMARY KEY)")
+	for n := 1000; n < 1050; n++ { // more than twice the limit
+		must(t, ctx, conn, fmt.Sprintf("INSERT INTO kept VALUES (%d)", n))
+	}
 	check(t, conn.Close(ctx))
+	metrics, err := c.Metrics(ctx, 3)
+	check(t, err)
+	if up, is := metrics["quorate_postgres_up"]; is || metrics["quorate_node_voters"] != 3 {
+		t.Errorf("the witness says that its PostgreSQL is up: %v; voters: %v", up, metrics["quorate_node_voters"])
+	}
+	out, err := c.Command(ctx, "nodes", "--config", c.Config(1), "-o", "json")
+	check(t, err)
+	var view struct {
+		Nodes []struct {
+			Lag    *uint64
+			Health struct {
+				PostgresUp *bool `json:"postgres_up"`
+			}
+		}
+	}
+	check(t, json.Unmarshal([]byte(out), &view))
+	if len(view.Nodes) != 3 {
+		t.Fatalf("nodes: %s", out)
+	}
+	for i, witness := range []bool{false, true, false} { // ids are in the order of joining
+		if n := view.Nodes[i]; (n.Lag == nil) != witness || (n.Health.PostgresUp == nil) != witness {
+			t.Errorf("node %d: %+v", i+1, n)
+		}
+	}
 	for lost := 1; lost <= 2; lost++ {
 		other := 3 - lost
 		check(t, c.KillNode(ctx, lost))
@@ -380,7 +410,7 @@ func TestWitness(t *testing.T) {
 	if _, err := c.Change(ctx, "remove", 1, 3); err != nil {
 		t.Error(err)
 	}
-	out, err := c.Change(ctx, "remove", 2, 3)
+	out, err = c.Change(ctx, "remove", 2, 3)
 	if err == nil || !strings.Contains(err.Error()+out, "only member with data") {
 		t.Errorf("the last data was removed: %s, %v", out, err)
 	}

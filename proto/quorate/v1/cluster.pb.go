@@ -225,18 +225,20 @@ type Member struct {
 	HttpAddress    string                 `protobuf:"bytes,4,opt,name=http_address,json=httpAddress,proto3" json:"http_address,omitempty"`
 	GatewayAddress string                 `protobuf:"bytes,5,opt,name=gateway_address,json=gatewayAddress,proto3" json:"gateway_address,omitempty"`
 	// "active", or why it is not: "starting", "catching-up", "stopping", "failed"; "no contact" if it did not answer.
-	State           string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
-	AcceptsWrites   bool   `protobuf:"varint,7,opt,name=accepts_writes,json=acceptsWrites,proto3" json:"accepts_writes,omitempty"`
-	Reason          string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // why it does not accept writes, or did not answer
-	Role            Role   `protobuf:"varint,9,opt,name=role,proto3,enum=quorate.v1.Role" json:"role,omitempty"`
-	Term            uint64 `protobuf:"varint,10,opt,name=term,proto3" json:"term,omitempty"`
-	CommitIndex     uint64 `protobuf:"varint,11,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`    // of the log
-	AppliedIndex    uint64 `protobuf:"varint,12,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"` // up to which everything is visible in its PostgreSQL
-	Csn             uint64 `protobuf:"varint,13,opt,name=csn,proto3" json:"csn,omitempty"`                                       // the newest transaction that it knows to commit
-	AppliedCsn      uint64 `protobuf:"varint,14,opt,name=applied_csn,json=appliedCsn,proto3" json:"applied_csn,omitempty"`       // the newest transaction that is visible in its PostgreSQL
-	Lag             uint64 `protobuf:"varint,15,opt,name=lag,proto3" json:"lag,omitempty"`                                       // how many transactions it is behind the newest known, in the view of the answering node
-	Version         string `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"`                                // of Quorate
-	PostgresVersion string `protobuf:"bytes,17,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
+	State         string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	AcceptsWrites bool   `protobuf:"varint,7,opt,name=accepts_writes,json=acceptsWrites,proto3" json:"accepts_writes,omitempty"`
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // why it does not accept writes, or did not answer
+	Role          Role   `protobuf:"varint,9,opt,name=role,proto3,enum=quorate.v1.Role" json:"role,omitempty"`
+	Term          uint64 `protobuf:"varint,10,opt,name=term,proto3" json:"term,omitempty"`
+	CommitIndex   uint64 `protobuf:"varint,11,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`    // of the log
+	AppliedIndex  uint64 `protobuf:"varint,12,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"` // up to which everything is visible in its PostgreSQL
+	Csn           uint64 `protobuf:"varint,13,opt,name=csn,proto3" json:"csn,omitempty"`                                       // the newest transaction that it knows to commit
+	// The newest transaction that is visible in its PostgreSQL, and how many it is behind the newest known, in the view of the
+	// answering node. Absent: it holds no data, as a witness, or does not know yet.
+	AppliedCsn      *uint64 `protobuf:"varint,14,opt,name=applied_csn,json=appliedCsn,proto3,oneof" json:"applied_csn,omitempty"`
+	Lag             *uint64 `protobuf:"varint,15,opt,name=lag,proto3,oneof" json:"lag,omitempty"`
+	Version         string  `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"` // of Quorate
+	PostgresVersion string  `protobuf:"bytes,17,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
 	// How many milliseconds ago the answering node last heard from it, now included: absent if never since it started.
 	LastContactMs *uint64 `protobuf:"varint,18,opt,name=last_contact_ms,json=lastContactMs,proto3,oneof" json:"last_contact_ms,omitempty"`
 	// What it last said of itself in a heartbeat, and whom it hears; absent if nothing was ever heard.
@@ -368,15 +370,15 @@ func (x *Member) GetCsn() uint64 {
 }
 
 func (x *Member) GetAppliedCsn() uint64 {
-	if x != nil {
-		return x.AppliedCsn
+	if x != nil && x.AppliedCsn != nil {
+		return *x.AppliedCsn
 	}
 	return 0
 }
 
 func (x *Member) GetLag() uint64 {
-	if x != nil {
-		return x.Lag
+	if x != nil && x.Lag != nil {
+		return *x.Lag
 	}
 	return 0
 }
@@ -779,7 +781,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\x05 \x01(\x04R\vcommitIndex\x12\x10\n" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
-	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xa1\x05\n" +
+	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xc3\x05\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +
@@ -794,15 +796,17 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	" \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\v \x01(\x04R\vcommitIndex\x12#\n" +
 	"\rapplied_index\x18\f \x01(\x04R\fappliedIndex\x12\x10\n" +
-	"\x03csn\x18\r \x01(\x04R\x03csn\x12\x1f\n" +
-	"\vapplied_csn\x18\x0e \x01(\x04R\n" +
-	"appliedCsn\x12\x10\n" +
-	"\x03lag\x18\x0f \x01(\x04R\x03lag\x12\x18\n" +
+	"\x03csn\x18\r \x01(\x04R\x03csn\x12$\n" +
+	"\vapplied_csn\x18\x0e \x01(\x04H\x00R\n" +
+	"appliedCsn\x88\x01\x01\x12\x15\n" +
+	"\x03lag\x18\x0f \x01(\x04H\x01R\x03lag\x88\x01\x01\x12\x18\n" +
 	"\aversion\x18\x10 \x01(\tR\aversion\x12)\n" +
 	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12+\n" +
-	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x00R\rlastContactMs\x88\x01\x01\x12*\n" +
+	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x02R\rlastContactMs\x88\x01\x01\x12*\n" +
 	"\x06health\x18\x13 \x01(\v2\x12.quorate.v1.HealthR\x06health\x12'\n" +
-	"\x05hears\x18\x14 \x03(\v2\x11.quorate.v1.HeardR\x05hearsB\x12\n" +
+	"\x05hears\x18\x14 \x03(\v2\x11.quorate.v1.HeardR\x05hearsB\x0e\n" +
+	"\f_applied_csnB\x06\n" +
+	"\x04_lagB\x12\n" +
 	"\x10_last_contact_ms\"\x0f\n" +
 	"\rVerifyRequest\"\x8a\x01\n" +
 	"\x0eVerifyResponse\x12\x14\n" +

@@ -309,13 +309,13 @@ type Health struct {
 	CommitIndex              uint64                 `protobuf:"varint,8,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
 	AppliedIndex             uint64                 `protobuf:"varint,9,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	Csn                      uint64                 `protobuf:"varint,10,opt,name=csn,proto3" json:"csn,omitempty"`
-	AppliedCsn               uint64                 `protobuf:"varint,11,opt,name=applied_csn,json=appliedCsn,proto3" json:"applied_csn,omitempty"`
+	AppliedCsn               *uint64                `protobuf:"varint,11,opt,name=applied_csn,json=appliedCsn,proto3,oneof" json:"applied_csn,omitempty"`                // absent: it holds no data, or does not know yet how far they are
 	QueueTransactions        uint64                 `protobuf:"varint,12,opt,name=queue_transactions,json=queueTransactions,proto3" json:"queue_transactions,omitempty"` // decided, not visible yet
 	QueueSeconds             float64                `protobuf:"fixed64,13,opt,name=queue_seconds,json=queueSeconds,proto3" json:"queue_seconds,omitempty"`               // for how long the next of them has been waiting
 	CommitsPerSecond         float64                `protobuf:"fixed64,14,opt,name=commits_per_second,json=commitsPerSecond,proto3" json:"commits_per_second,omitempty"` // of its own clients, replicated
 	AbortsPerSecond          float64                `protobuf:"fixed64,15,opt,name=aborts_per_second,json=abortsPerSecond,proto3" json:"aborts_per_second,omitempty"`
-	Sessions                 uint32                 `protobuf:"varint,16,opt,name=sessions,proto3" json:"sessions,omitempty"` // clients of its gateway
-	PostgresUp               bool                   `protobuf:"varint,20,opt,name=postgres_up,json=postgresUp,proto3" json:"postgres_up,omitempty"`
+	Sessions                 uint32                 `protobuf:"varint,16,opt,name=sessions,proto3" json:"sessions,omitempty"`                             // clients of its gateway
+	PostgresUp               *bool                  `protobuf:"varint,20,opt,name=postgres_up,json=postgresUp,proto3,oneof" json:"postgres_up,omitempty"` // absent: there is none that should answer
 	PostgresVersion          string                 `protobuf:"bytes,21,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
 	Connections              uint32                 `protobuf:"varint,22,opt,name=connections,proto3" json:"connections,omitempty"` // client backends of PostgreSQL, the node's own included
 	MaxConnections           uint32                 `protobuf:"varint,23,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"`
@@ -430,8 +430,8 @@ func (x *Health) GetCsn() uint64 {
 }
 
 func (x *Health) GetAppliedCsn() uint64 {
-	if x != nil {
-		return x.AppliedCsn
+	if x != nil && x.AppliedCsn != nil {
+		return *x.AppliedCsn
 	}
 	return 0
 }
@@ -472,8 +472,8 @@ func (x *Health) GetSessions() uint32 {
 }
 
 func (x *Health) GetPostgresUp() bool {
-	if x != nil {
-		return x.PostgresUp
+	if x != nil && x.PostgresUp != nil {
+		return *x.PostgresUp
 	}
 	return false
 }
@@ -569,7 +569,7 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\x04loss\x18\x04 \x01(\x01R\x04loss\x12%\n" +
 	"\x0ejitter_seconds\x18\x05 \x01(\x01R\rjitterSecondsB\x0e\n" +
 	"\f_age_secondsB\x15\n" +
-	"\x13_round_trip_seconds\"\x88\a\n" +
+	"\x13_round_trip_seconds\"\xb2\a\n" +
 	"\x06Health\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12%\n" +
@@ -581,16 +581,16 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\fcommit_index\x18\b \x01(\x04R\vcommitIndex\x12#\n" +
 	"\rapplied_index\x18\t \x01(\x04R\fappliedIndex\x12\x10\n" +
 	"\x03csn\x18\n" +
-	" \x01(\x04R\x03csn\x12\x1f\n" +
-	"\vapplied_csn\x18\v \x01(\x04R\n" +
-	"appliedCsn\x12-\n" +
+	" \x01(\x04R\x03csn\x12$\n" +
+	"\vapplied_csn\x18\v \x01(\x04H\x00R\n" +
+	"appliedCsn\x88\x01\x01\x12-\n" +
 	"\x12queue_transactions\x18\f \x01(\x04R\x11queueTransactions\x12#\n" +
 	"\rqueue_seconds\x18\r \x01(\x01R\fqueueSeconds\x12,\n" +
 	"\x12commits_per_second\x18\x0e \x01(\x01R\x10commitsPerSecond\x12*\n" +
 	"\x11aborts_per_second\x18\x0f \x01(\x01R\x0fabortsPerSecond\x12\x1a\n" +
-	"\bsessions\x18\x10 \x01(\rR\bsessions\x12\x1f\n" +
-	"\vpostgres_up\x18\x14 \x01(\bR\n" +
-	"postgresUp\x12)\n" +
+	"\bsessions\x18\x10 \x01(\rR\bsessions\x12$\n" +
+	"\vpostgres_up\x18\x14 \x01(\bH\x01R\n" +
+	"postgresUp\x88\x01\x01\x12)\n" +
 	"\x10postgres_version\x18\x15 \x01(\tR\x0fpostgresVersion\x12 \n" +
 	"\vconnections\x18\x16 \x01(\rR\vconnections\x12'\n" +
 	"\x0fmax_connections\x18\x17 \x01(\rR\x0emaxConnections\x12<\n" +
@@ -599,7 +599,9 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\aversion\x18\x1e \x01(\tR\aversion\x12%\n" +
 	"\x0euptime_seconds\x18\x1f \x01(\x01R\ruptimeSeconds\x12&\n" +
 	"\x0fdisk_free_bytes\x18  \x01(\x04R\rdiskFreeBytes\x12(\n" +
-	"\x10disk_total_bytes\x18! \x01(\x04R\x0ediskTotalBytes2F\n" +
+	"\x10disk_total_bytes\x18! \x01(\x04R\x0ediskTotalBytesB\x0e\n" +
+	"\f_applied_csnB\x0e\n" +
+	"\f_postgres_up2F\n" +
 	"\tHeartbeat\x129\n" +
 	"\x04Beat\x12\x17.quorate.v1.BeatRequest\x1a\x18.quorate.v1.BeatResponseB7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
 
@@ -642,6 +644,7 @@ func file_quorate_v1_heartbeat_proto_init() {
 		return
 	}
 	file_quorate_v1_heartbeat_proto_msgTypes[3].OneofWrappers = []any{}
+	file_quorate_v1_heartbeat_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

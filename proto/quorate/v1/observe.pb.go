@@ -267,8 +267,8 @@ type NodeView struct {
 	Heard            bool     `protobuf:"varint,6,opt,name=heard,proto3" json:"heard,omitempty"`
 	ReportAgeSeconds *float64 `protobuf:"fixed64,7,opt,name=report_age_seconds,json=reportAgeSeconds,proto3,oneof" json:"report_age_seconds,omitempty"` // absent: nothing is known of it
 	Health           *Health  `protobuf:"bytes,8,opt,name=health,proto3" json:"health,omitempty"`
-	Hears            []*Heard `protobuf:"bytes,9,rep,name=hears,proto3" json:"hears,omitempty"` // its row of the matrix
-	Lag              uint64   `protobuf:"varint,10,opt,name=lag,proto3" json:"lag,omitempty"`   // transactions behind View.csn
+	Hears            []*Heard `protobuf:"bytes,9,rep,name=hears,proto3" json:"hears,omitempty"`     // its row of the matrix
+	Lag              *uint64  `protobuf:"varint,10,opt,name=lag,proto3,oneof" json:"lag,omitempty"` // transactions behind View.csn; absent if its applied_csn is
 	Voter            bool     `protobuf:"varint,11,opt,name=voter,proto3" json:"voter,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
@@ -368,8 +368,8 @@ func (x *NodeView) GetHears() []*Heard {
 }
 
 func (x *NodeView) GetLag() uint64 {
-	if x != nil {
-		return x.Lag
+	if x != nil && x.Lag != nil {
+		return *x.Lag
 	}
 	return 0
 }
@@ -1409,7 +1409,7 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\x1aheartbeat_interval_seconds\x18\v \x01(\x01R\x18heartbeatIntervalSeconds\x12:\n" +
 	"\x19heartbeat_timeout_seconds\x18\f \x01(\x01R\x17heartbeatTimeoutSeconds\x12\x1d\n" +
 	"\n" +
-	"last_event\x18\r \x01(\x04R\tlastEvent\"\x89\x03\n" +
+	"last_event\x18\r \x01(\x04R\tlastEvent\"\x96\x03\n" +
 	"\bNodeView\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +
@@ -1419,11 +1419,12 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\x05heard\x18\x06 \x01(\bR\x05heard\x121\n" +
 	"\x12report_age_seconds\x18\a \x01(\x01H\x00R\x10reportAgeSeconds\x88\x01\x01\x12*\n" +
 	"\x06health\x18\b \x01(\v2\x12.quorate.v1.HealthR\x06health\x12'\n" +
-	"\x05hears\x18\t \x03(\v2\x11.quorate.v1.HeardR\x05hears\x12\x10\n" +
+	"\x05hears\x18\t \x03(\v2\x11.quorate.v1.HeardR\x05hears\x12\x15\n" +
 	"\x03lag\x18\n" +
-	" \x01(\x04R\x03lag\x12\x14\n" +
+	" \x01(\x04H\x01R\x03lag\x88\x01\x01\x12\x14\n" +
 	"\x05voter\x18\v \x01(\bR\x05voterB\x15\n" +
-	"\x13_report_age_seconds\"A\n" +
+	"\x13_report_age_secondsB\x06\n" +
+	"\x04_lag\"A\n" +
 	"\x13TransactionsRequest\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\bR\x05local\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"\x96\x01\n" +
