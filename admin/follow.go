@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -22,6 +23,8 @@ const (
 	maxFollowed = 100
 )
 
+var errStranger = errors.New("another node answers")
+
 // newest is the place behind all that this node has noted.
 func (o *Observe) newest() *pb.EventCursor {
 	_, at, _ := o.node.Follow(&pb.EventCursor{TimeMs: time.Now().UnixMilli()}, &pb.FollowRequest{})
@@ -29,7 +32,8 @@ func (o *Observe) newest() *pb.EventCursor {
 }
 
 // Follow implements the RPC. A goroutine for each member hands over what it gets; who reads slowly holds them up, and what
-// they have not read waits in the members' logs of events, which are bounded.
+// they have not read waits in the members' logs of events, which are bounded. It ends with the stream only: while this node
+// reads the log again, members are missing from the list that are back a moment later, and would be followed from the start.
 func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServer[pb.FollowResponse]) error {
 	var group sync.WaitGroup
 	defer group.Wait()
@@ -41,18 +45,17 @@ func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServe
 		places[txn.NodeID(c.Node)] = c
 	}
 	came := make(chan []*pb.Event)
-	following := make(map[txn.NodeID]context.CancelFunc) // of the members that are followed
+	following := make(map[txn.NodeID]bool)
 	begin := func(id txn.NodeID) {
-		one, end := context.WithCancel(ctx)
-		following[id] = end
+		following[id] = true
 		at := places[id]
 		if at == nil {
 			at = &pb.EventCursor{Node: uint32(id), TimeMs: req.GetSinceMs()}
 		}
 		if id == o.cfg.Node {
-			group.Go(func() { o.followOwn(one, at, req, came) })
+			group.Go(func() { o.followOwn(ctx, at, req, came) })
 		} else {
-			group.Go(func() { o.followMember(one, id, at, req, came) })
+			group.Go(func() { o.followMember(ctx, id, at, req, came) })
 		}
 	}
 	begin(o.cfg.Node)
@@ -60,17 +63,9 @@ func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServe
 	defer refresh.Stop()
 	for {
 		if !req.GetLocal() {
-			members := map[txn.NodeID]bool{o.cfg.Node: true}
 			for _, m := range o.cfg.Members() {
-				members[m.ID] = true
-				if following[m.ID] == nil {
+				if !following[m.ID] {
 					begin(m.ID)
-				}
-			}
-			for id, end := range following {
-				if !members[id] {
-					end()
-					delete(following, id)
 				}
 			}
 		}
@@ -126,6 +121,9 @@ func (o *Observe) followMember(ctx context.Context, id txn.NodeID, at *pb.EventC
 			}, func(r *pb.FollowResponse) error {
 				if len(r.Events) == 0 {
 					return nil
+				}
+				if r.Events[0].Node != uint32(id) { // another node has its address now, and is followed by itself
+					return errStranger
 				}
 				select {
 				case to <- r.Events:

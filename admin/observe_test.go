@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,7 +33,8 @@ type observed struct {
 	noted []*pb.Event
 	more  chan struct{}
 
-	address string // where it is served
+	address string      // where it is served
+	alone   atomic.Bool // it takes itself for the only member
 }
 
 func newObserved(id txn.NodeID) *observed {
@@ -113,7 +115,12 @@ func observe(t *testing.T) (client pb.ObserveClient, first, second *observed) {
 	first, second = newObserved(1), newObserved(2)
 	for id, node := range map[txn.NodeID]*observed{1: first, 2: second} {
 		pool := peers.New(func(other txn.NodeID) (string, bool) { return members[other-1].GRPC, true })
-		o := admin.NewObserve(admin.Config{Node: id, Members: func() []admin.Member { return members }, Peers: pool}, node)
+		o := admin.NewObserve(admin.Config{Node: id, Members: func() []admin.Member {
+			if node.alone.Load() {
+				return members[id-1 : id]
+			}
+			return members
+		}, Peers: pool}, node)
 		s := grpc.NewServer()
 		o.Register(s)
 		var served sync.WaitGroup
@@ -301,6 +308,24 @@ func TestFollow(t *testing.T) {
 	read(false, map[uint32]uint64{1: 10, 2: 953})
 	first.note(1) // and while it is read
 	read(false, map[uint32]uint64{1: 15, 2: 955}, func() { first.note(2) }, func() { second.note(2); first.note(2) })
+	// A member that is missing from the list for a while, because the node reads the log again, is not followed anew.
+	second.note(1)
+	stream, err := client.Follow(ctx, &pb.FollowRequest{After: []*pb.EventCursor{{Node: 1, Number: after[1]}, {Node: 2, Number: after[2]}}})
+	for silent := 0; err == nil && silent < 3; {
+		var r *pb.FollowResponse
+		if r, err = stream.Recv(); len(r.GetEvents()) == 0 {
+			silent++
+			first.alone.Store(silent == 1)
+		}
+		for _, e := range r.GetEvents() {
+			if after[e.Node]++; e.Number != after[e.Node] {
+				t.Fatalf("event %d of node %d comes where %d should", e.Number, e.Node, after[e.Node])
+			}
+		}
+	}
+	if err != nil || after[2] != 956 {
+		t.Errorf("node 2 is at %d, %v", after[2], err)
+	}
 }
 
 // Somebody who opens streams and does not read them costs the node neither memory nor work, and nobody else anything.

@@ -62,6 +62,7 @@ type Event struct {
 	Node     txn.NodeID        `json:"node"` // whom it is about
 	Text     string            `json:"text"` // for people: a short sentence without a stop
 	Fields   map[string]string `json:"fields,omitempty"`
+	Log      uint64            `json:"log,omitempty"` // see News; given by Append
 }
 
 // Bounds. The two files together hold some five thousand events, and as many are kept in memory as maxKept.
@@ -84,6 +85,7 @@ type Log struct {
 	mu      sync.Mutex
 	kept    []Event // ascending
 	next    uint64
+	mark    uint64  // the highest log index that was news
 	pending []Event // not written yet
 	told    map[string]*repetition
 	changed chan struct{} // closed at the next Append
@@ -159,7 +161,7 @@ func (l *Log) read(name string) error {
 		line, err := lines.ReadSlice('\n')
 		if e, ok := parseLine(bytes.TrimSuffix(line, []byte{'\n'})); ok && e.Number >= l.next {
 			l.keep(e)
-			l.next = e.Number + 1
+			l.next, l.mark = e.Number+1, max(l.mark, e.Log)
 		}
 		switch {
 		case err == nil:
@@ -201,6 +203,19 @@ func (l *Log) open() error {
 	return nil
 }
 
+// News reports whether what the cluster's log says at an index is news, which must be asked in the order of the log: each
+// entry once, however often the log is read again. Each event carries the highest such index, so it is on disk when the
+// events are that are noted behind it, and as long as any event is.
+func (l *Log) News(index uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if index <= l.mark {
+		return false
+	}
+	l.mark = index
+	return true
+}
+
 // Append notes an event, as of now, and returns its number; 0 if it was left out as a repetition, or after Close.
 func (l *Log) Append(e Event) uint64 {
 	now := time.Now()
@@ -214,7 +229,7 @@ func (l *Log) Append(e Event) uint64 {
 	if l.closed || !l.worthNoting(&e, now) {
 		return 0
 	}
-	e.Number, e.Time = l.next, now.Round(0)
+	e.Number, e.Time, e.Log = l.next, now.Round(0), l.mark
 	l.next++
 	l.keep(e)
 	if len(l.pending) < maxKept { // beyond, the disk does not take them
@@ -304,7 +319,8 @@ func (l *Log) writeBatch(batch []Event) error {
 // rotate makes the current file the old one. If that fails the current one grows on.
 func (l *Log) rotate() error {
 	full := l.file
-	if err := os.Rename(l.current(), l.old()); err != nil {
+	// It is there already if the last attempt came no further.
+	if err := os.Rename(l.current(), l.old()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := l.open(); err != nil {

@@ -289,3 +289,54 @@ func TestFollow(t *testing.T) {
 		t.Errorf("%d events of 10000, the first of them %v", len(found), found[:min(len(found), 1)])
 	}
 }
+
+// TestNews: what the cluster's log says is news once, however often it is read, also after events have been dropped.
+func TestNews(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir)
+	if !l.News(7) || l.News(7) || l.News(3) || !l.News(9) {
+		t.Error("not each entry once")
+	}
+	long := strings.Repeat("x", 900)
+	for i := range 2200 {
+		l.Append(events.Event{Severity: events.Info, Kind: "k", Text: fmt.Sprint(i, long)})
+		if i%550 == 549 {
+			closeLog(t, l)
+			l = open(t, dir)
+		}
+	}
+	defer closeLog(t, l)
+	if kept := l.Find(events.Query{}); kept[len(kept)-1].Number == 1 {
+		t.Fatal("nothing has been dropped")
+	}
+	if l.News(9) || !l.News(10) {
+		t.Error("the log is read again, and is news again")
+	}
+}
+
+// TestRotationGoesOn: a rotation of which only the first half went well, because no file could be opened, is made up for.
+func TestRotationGoesOn(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir)
+	defer closeLog(t, l)
+	current, old := filepath.Join(dir, "events"), filepath.Join(dir, "events.old")
+	long := strings.Repeat("x", 900)
+	fill := func(name string, least int64) {
+		t.Helper()
+		for i := range 600 {
+			l.Append(events.Event{Severity: events.Info, Kind: "k", Text: fmt.Sprint(name, i, long)})
+		}
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+			if info, err := os.Stat(name); err == nil && info.Size() >= least {
+				return
+			} else if time.Now().After(end) {
+				t.Fatalf("%s is not written: %v", name, err)
+			}
+		}
+	}
+	if err := os.Rename(current, old); err != nil {
+		t.Fatal(err)
+	}
+	fill(old, 500<<10)
+	fill(current, 1) // the old one is full in between
+}

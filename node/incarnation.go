@@ -109,7 +109,7 @@ func (i *incarnation) open() error {
 		Processed: func(index txn.LogIndex) { i.pipeline.Skip(index); n.prune(i.machine) },
 		Durable:   func(csn txn.CSN) error { return i.pipeline.Flush(i.ctx, csn) },
 		Member:    i.memberStarted,
-		Changed:   n.membershipChanged,
+		Changed:   func(c replication.Change) { n.membershipChanged(c, i.machine.Membership()) },
 		Barrier:   i.barrier,
 		Fail:      i.fail,
 	})

@@ -84,9 +84,18 @@ func (n *Node) grpcAddress(id txn.NodeID) (string, bool) {
 	return "", false
 }
 
-// membershipChanged takes from the log what has become of the members. When the log is read again, after a restart, so is
-// what has become of them long ago.
-func (n *Node) membershipChanged(c replication.Change) {
+// membershipChanged takes from the log what has become of the members. When the log is read again, after a restart or with
+// a new incarnation, so is what has become of them long ago: that is not noted again. Nor is what was before this node came.
+func (n *Node) membershipChanged(c replication.Change, now replication.Membership) {
+	self := n.cfg.Node
+	if slices.Contains(c.Removed, self) {
+		n.wasRemoved(c.Reason)
+	} else if _, is := now.Find(self); !is {
+		return
+	}
+	if !n.seen.events.News(uint64(c.Index)) {
+		return
+	}
 	if c.Founded {
 		n.log.Info("the log has founded the cluster")
 	}
@@ -97,9 +106,6 @@ func (n *Node) membershipChanged(c replication.Change) {
 	for _, id := range c.Removed {
 		n.log.Info("a member was removed", "member", id, logkey.Reason, c.Reason)
 		n.event(events.Info, eventMemberRemoved, id, fmt.Sprintf("node %s was removed: %s", id, c.Reason))
-		if id == n.cfg.Node {
-			n.wasRemoved(c.Reason)
-		}
 	}
 }
 

@@ -30,6 +30,7 @@ type seen struct {
 
 	conflicts       conflicts
 	commits, aborts atomic.Uint64 // of this node's own clients
+	counted         atomic.Uint64 // log index up to which decisions are counted; whoever reads the log sets it
 	decided         *prometheus.CounterVec
 	throttled       prometheus.Histogram
 	rates           atomic.Pointer[rates]
@@ -198,31 +199,39 @@ func (n *Node) stateEvent(s state) {
 	}
 }
 
-// decision notes what the log has decided. Whoever reads the log again after a restart has been told before.
-func (i *incarnation) decision(d replication.Decision) {
+// noteDecisions notes what an entry of the log has decided. Whoever reads the log again, after a restart or for another
+// incarnation, has been told before.
+func (i *incarnation) noteDecisions(decisions []replication.Decision) {
 	n := i.n
-	own := d.Set.GID.Node == n.cfg.Node
-	v := d.Verdict
-	if v.Commits() {
-		if v.CSN <= i.start {
-			return
-		}
-		n.seen.conflicts.committed(v.CSN, d.Set.GID)
-		if own {
-			n.seen.commits.Add(1)
-		}
-	} else {
-		if i.machine.LastCSN() <= i.start {
-			return
-		}
-		if v.Reason == txn.AbortConflict {
-			n.seen.conflicts.certified(d.Set, v)
-		}
-		if own {
-			n.seen.aborts.Add(1)
-		}
+	index := uint64(decisions[0].Index)
+	if index <= n.seen.counted.Load() {
+		return
 	}
-	n.seen.decided.WithLabelValues(v.Reason.String()).Inc()
+	n.seen.counted.Store(index)
+	for _, d := range decisions {
+		own := d.Set.GID.Node == n.cfg.Node
+		v := d.Verdict
+		if v.Commits() {
+			if v.CSN <= i.start {
+				continue
+			}
+			n.seen.conflicts.committed(v.CSN, d.Set.GID)
+			if own {
+				n.seen.commits.Add(1)
+			}
+		} else {
+			if i.machine.LastCSN() <= i.start {
+				continue
+			}
+			if v.Reason == txn.AbortConflict {
+				n.seen.conflicts.certified(d.Set, v)
+			}
+			if own {
+				n.seen.aborts.Add(1)
+			}
+		}
+		n.seen.decided.WithLabelValues(v.Reason.String()).Inc()
+	}
 }
 
 // noteEviction notes that a session was asked to make way.
@@ -271,7 +280,6 @@ type observation struct {
 	rated           time.Time
 	commits, aborts uint64
 	looked          time.Time
-	members         []txn.NodeID // nil: not looked at yet
 }
 
 func (o *observation) look(l consensus.Leadership) {
@@ -297,7 +305,6 @@ func (o *observation) look(l consensus.Leadership) {
 		n.event(events.Error, eventQuorumLost, n.cfg.Node, fmt.Sprintf("node %s has lost contact with the majority: it takes no writes", n.cfg.Node))
 	}
 	o.quorum, o.had = quorum, o.had || quorum
-	o.lookAtMembers()
 	if a := n.admin.Load(); a != nil {
 		a.SetServing(quorum && n.accepting() == nil)
 	}
@@ -311,23 +318,6 @@ func (o *observation) look(l consensus.Leadership) {
 		o.looked = now
 		n.lookAtDisk()
 	}
-}
-
-func (o *observation) lookAtMembers() {
-	now := append(o.n.others(), o.n.cfg.Node)
-	if o.members != nil {
-		for _, id := range now {
-			if !slices.Contains(o.members, id) {
-				o.n.event(events.Info, eventMemberAdmitted, id, fmt.Sprintf("node %s is a member now", id))
-			}
-		}
-		for _, id := range o.members {
-			if !slices.Contains(now, id) {
-				o.n.event(events.Warning, eventMemberRemoved, id, fmt.Sprintf("node %s is no member any more", id))
-			}
-		}
-	}
-	o.members = now
 }
 
 // A proposal that has waited for less than quickFlow was only asked whether it must; from slowFlow on it is worth an event.

@@ -3,14 +3,21 @@ package node
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/quorate/quorate/events"
+	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/capture"
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
 // People look events up by their kind.
@@ -85,5 +92,72 @@ func TestConflicts(t *testing.T) {
 	}
 	if len(got) < keptConflicts || got[0].loser != gid(10+5*keptConflicts-1) || kept != maxLosers/maxLoser || c.bytes != 0 {
 		t.Errorf("%d conflicts, the latest %v, %d of them located, %d bytes", len(got), got[0].loser, kept, c.bytes)
+	}
+}
+
+// TestMembershipIsNotedOnce: the log is read again after a restart and with each new incarnation, and what became of the
+// members long ago is not noted as if it had happened now. What was before this node came it has not seen happen.
+func TestMembershipIsNotedOnce(t *testing.T) {
+	const self = 2
+	dir := t.TempDir()
+	now := func(ids ...txn.NodeID) (m replication.Membership) {
+		for _, id := range ids {
+			m.Members = append(m.Members, replication.Member{Member: codec.Member{Node: id}})
+		}
+		return m
+	}
+	replay := func(n *Node) {
+		n.membershipChanged(replication.Change{Index: 3, Removed: []txn.NodeID{7}}, now(1))
+		n.membershipChanged(replication.Change{Index: 5, Admitted: self}, now(1, self))
+		n.membershipChanged(replication.Change{Index: 8, Admitted: 4, Removed: []txn.NodeID{3}, Reason: "it was replaced"}, now(1, self, 4))
+	}
+	for life := range 3 {
+		log, err := events.Open(dir, func(err error) { t.Error(err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := &Node{log: slog.New(slog.DiscardHandler)}
+		n.cfg.Node, n.seen.events, n.seen.changed = self, log, make(chan struct{})
+		replay(n)
+		replay(n)
+		if life == 2 {
+			n.membershipChanged(replication.Change{Index: 9, Removed: []txn.NodeID{4}, Reason: "x"}, now(1, self))
+		}
+		var texts []string
+		for _, e := range slices.Backward(log.Find(events.Query{})) {
+			texts = append(texts, e.Text)
+		}
+		want := []string{"node 2 was admitted", "node 4 was admitted", "node 3 was removed: it was replaced", "node 4 was removed: x"}
+		if life < 2 {
+			want = want[:3]
+		}
+		if !slices.Equal(texts, want) {
+			t.Errorf("life %d: %q", life, texts)
+		}
+		if err := log.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestDecisionsAreCountedOnce: an incarnation that is given the log again does not count again what another has counted.
+func TestDecisionsAreCountedOnce(t *testing.T) {
+	n := &Node{}
+	n.cfg.Node = 2
+	n.seen.decided = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "decided"}, []string{"reason"})
+	entry := func(index txn.LogIndex, csns ...txn.CSN) (all []replication.Decision) {
+		for _, csn := range csns {
+			all = append(all, replication.Decision{Index: index, Set: &txn.WriteSet{GID: gid(uint64(csn))}, Verdict: txn.Verdict{CSN: csn}})
+		}
+		return all
+	}
+	for _, start := range []txn.CSN{2, 3} { // the second begins at what the server had on disk
+		i := &incarnation{n: n, start: start}
+		i.noteDecisions(entry(10, 1, 2, 3))
+		i.noteDecisions(entry(12, 4, 5))
+	}
+	(&incarnation{n: n, start: 5}).noteDecisions(entry(13, 6))
+	if got := n.seen.commits.Load(); got != 4 {
+		t.Errorf("%d commits are counted of 3 to 6", got)
 	}
 }

@@ -35,7 +35,7 @@ func (n *Node) newObserver(keep bool) (*observer, error) {
 		Processed: func(txn.LogIndex) { n.prune(o.machine) },
 		Durable:   func(txn.CSN) error { return nil }, // nothing of it is here
 		Member:    o.memberStarted,
-		Changed:   n.membershipChanged,
+		Changed:   func(c replication.Change) { n.membershipChanged(c, o.machine.Membership()) },
 		Barrier:   func(codec.Barrier, txn.LogIndex) {},
 		Fail:      n.fence,
 	})

@@ -27,9 +27,9 @@ import (
 // deliver takes the decisions of one log entry. Once the incarnation has ended, what commits is only told to the
 // sessions that wait for it; the next one is given these entries again.
 func (i *incarnation) deliver(decisions []replication.Decision) {
+	i.noteDecisions(decisions)
 	items := make([]apply.Item, 0, len(decisions))
 	for _, d := range decisions {
-		i.decision(d)
 		gid := d.Set.GID
 		own := gid.Node == i.n.cfg.Node
 		var held *coord.Transaction

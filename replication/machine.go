@@ -101,6 +101,7 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 		m.cfg.Deliver(decisions)
 	}
 	if changed {
+		change.Index = index
 		m.cfg.Changed(change)
 	}
 	if announced {

@@ -54,6 +54,7 @@ func (m Membership) Removed(id txn.NodeID) bool {
 
 // Change is what one entry did to the membership.
 type Change struct {
+	Index    txn.LogIndex
 	Founded  bool
 	Admitted txn.NodeID   // 0: nobody
 	Removed  []txn.NodeID // ascending

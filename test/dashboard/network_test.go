@@ -110,6 +110,6 @@ func TestPageOverTLS(t *testing.T) {
 	confirm("4", "Remove…")
 	tab.AwaitText(patience, "#toast", "Node 4 is removed.")
 	tab.Await(patience, "two nodes", `document.querySelectorAll("#cards .card").length === 2`)
-	tab.AwaitText(patience, "#events", "node 4 is no member any more")
+	tab.AwaitText(patience, "#events", "node 4 was removed")
 	tab.AwaitText(patience, "#strip", "Live from node 1")
 }
