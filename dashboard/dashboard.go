@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -64,6 +65,8 @@ type Config struct {
 	Source Source // required
 	// Role tells what somebody who makes a request may do. It is asked again and again while a page is open. Required.
 	Role func(*http.Request) Role
+	// Name is who makes a request, for the log. Nil: that is not known.
+	Name func(*http.Request) string
 	// Login takes a form with the field "token" and answers 204 if from now on Role knows the browser, 401 otherwise.
 	// Logout ends that. Nil means that there are no tokens, and it makes no sense to ask for one.
 	Login, Logout http.HandlerFunc
@@ -107,8 +110,14 @@ type frame struct {
 	sequence  uint64 // rises with each
 	at        int64  // Unix milliseconds
 	parts     [numParts]part
-	conflicts []Conflict
+	conflicts []shownConflict
 	events    []Event
+}
+
+// shownConflict has the frame in which what is known of it last changed: where it was may be found out late.
+type shownConflict struct {
+	Conflict
+	changed uint64
 }
 
 // part is one part of the page, and the frame in which it last changed.
@@ -204,7 +213,10 @@ func (d *Dashboard) show(sequence uint64, v *View) error {
 		}
 	}
 	v.Transactions = v.Transactions[:min(len(v.Transactions), waiting)]
-	f := &frame{sequence: sequence, at: time.Now().UnixMilli(), conflicts: newest(v.Conflicts), events: newest(v.Events)}
+	f := &frame{sequence: sequence, at: time.Now().UnixMilli(), conflicts: make([]shownConflict, 0, listed), events: newest(v.Events)}
+	for _, c := range newest(v.Conflicts) {
+		f.conflicts = append(f.conflicts, shownConflict{c, sequence})
+	}
 	for i, value := range [numParts]any{assess(v), v.Cluster, list(v.Nodes), list(v.Links), list(v.Transactions)} {
 		text, err := json.Marshal(value)
 		if err != nil {
@@ -221,6 +233,15 @@ func (d *Dashboard) show(sequence uint64, v *View) error {
 		for i, old := range d.now.parts {
 			if string(old.text) == string(f.parts[i].text) {
 				f.parts[i] = old
+			}
+		}
+		before := make(map[uint64]shownConflict, len(d.now.conflicts))
+		for _, c := range d.now.conflicts {
+			before[c.Sequence] = c
+		}
+		for i, c := range f.conflicts {
+			if old := before[c.Sequence]; old.Conflict == c.Conflict {
+				f.conflicts[i] = old
 			}
 		}
 	}
@@ -243,10 +264,10 @@ func newest[T any](of []T) []T { return of[max(0, len(of)-listed):] }
 
 // cursor is what one page has been sent. The page that has seen nothing has the zero value.
 type cursor struct {
-	sequence  uint64
-	samples   uint64
-	conflicts uint64
-	events    uint64
+	sequence uint64
+	samples  uint64
+	events   uint64
+	stages   []string
 }
 
 // update is what a page is sent.
@@ -261,7 +282,7 @@ type update struct {
 	Links        json.RawMessage `json:"links,omitempty"`
 	Transactions json.RawMessage `json:"transactions,omitempty"`
 	Samples      []sample        `json:"samples,omitempty"`   // to be appended
-	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be appended
+	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be appended, or to replace the one of the same sequence
 	Events       []Event         `json:"events,omitempty"`    // to be appended
 }
 
@@ -276,7 +297,10 @@ func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
 	}
 	u := &update{First: c.sequence == 0, At: f.at}
 	if u.First {
-		u.Build, u.Stages = d.build(), d.stages
+		u.Build = d.build()
+	}
+	if len(d.stages) > 0 && !slices.Equal(d.stages, c.stages) { // none are known without PostgreSQL
+		u.Stages, c.stages = d.stages, d.stages
 	}
 	for i, to := range [numParts]*json.RawMessage{&u.Verdict, &u.Cluster, &u.Nodes, &u.Links, &u.Transactions} {
 		if f.parts[i].changed > c.sequence {
@@ -286,22 +310,23 @@ func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
 	missing := min(d.taken-c.samples, uint64(len(d.history)))
 	// Copied, because the history is moved in place.
 	u.Samples = append(u.Samples, d.history[uint64(len(d.history))-missing:]...)
-	u.Conflicts = after(f.conflicts, c.conflicts, func(c Conflict) uint64 { return c.Sequence })
-	u.Events = after(f.events, c.events, func(e Event) uint64 { return e.Sequence })
-	c.sequence, c.samples = f.sequence, d.taken
-	if n := len(f.conflicts); n > 0 {
-		c.conflicts = f.conflicts[n-1].Sequence
+	for _, one := range f.conflicts {
+		if one.changed > c.sequence {
+			u.Conflicts = append(u.Conflicts, one.Conflict)
+		}
 	}
+	u.Events = after(f.events, c.events)
+	c.sequence, c.samples = f.sequence, d.taken
 	if n := len(f.events); n > 0 {
 		c.events = f.events[n-1].Sequence
 	}
 	return u, d.news
 }
 
-// after returns the end of a list whose sequence numbers are above last.
-func after[T any](all []T, last uint64, sequence func(T) uint64) []T {
+// after returns the events whose sequence numbers are above last.
+func after(all []Event, last uint64) []Event {
 	i := len(all)
-	for i > 0 && sequence(all[i-1]) > last {
+	for i > 0 && all[i-1].Sequence > last {
 		i--
 	}
 	return all[i:]

@@ -220,6 +220,9 @@ func (d *Dashboard) serveAction(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), actionTimeout)
 	defer cancel()
 	log := d.cfg.Logger.With("action", o.Action, "target", o.Node, logkey.Client, r.RemoteAddr)
+	if d.cfg.Name != nil {
+		log = log.With("caller", d.cfg.Name(r))
+	}
 	log.Info("an operator asks for an action")
 	message, err := d.cfg.Source.Act(ctx, Action{Name: o.Action, Node: o.Node})
 	if err != nil {

@@ -185,8 +185,12 @@ type message struct {
 	Nodes     []struct{ ID int }
 	Links     []json.RawMessage
 	Samples   []struct{ At int64 }
-	Conflicts []struct{ Sequence uint64 }
-	Events    []struct{ Sequence uint64 }
+	Stages    []string
+	Conflicts []struct {
+		Sequence uint64
+		Table    string
+	}
+	Events []struct{ Sequence uint64 }
 }
 
 // stream is a page that reads one line after the other.
@@ -260,7 +264,24 @@ func TestStreamIsWholeFirstAndThenWhatChanges(t *testing.T) {
 			t.Fatalf("event %d: %+v", i, m.Events)
 		}
 	}
-	if m := openStream(t, url).next(); !m.First || len(m.Events) != 3 {
+	// Where a conflict was may be found out late, and what the stages of a commit are, too.
+	for _, table := range []string{"", "t"} {
+		s.change(func(v *dashboard.View) {
+			v.Conflicts = []dashboard.Conflict{{Sequence: 7, Table: table}, {Sequence: 8}}
+		})
+		m = in.until(func(m message) bool { return m.Conflicts != nil })
+		if want := map[string]int{"": 2, "t": 1}[table]; len(m.Conflicts) != want || m.Conflicts[0].Sequence != 7 || m.Conflicts[0].Table != table {
+			t.Fatalf("conflicts at %q: %+v", table, m.Conflicts)
+		}
+	}
+	s.count(dashboard.Counters{Stages: []dashboard.Stage{{Name: "order"}}})
+	if m := in.until(func(m message) bool { return m.Stages != nil }); m.First || len(m.Stages) != 1 || m.Stages[0] != "order" {
+		t.Fatalf("the stages: %+v", m)
+	}
+	if m := in.until(func(m message) bool { return len(m.Samples) > 0 }); m.Stages != nil {
+		t.Fatalf("the stages again: %+v", m)
+	}
+	if m := openStream(t, url).next(); !m.First || len(m.Events) != 3 || len(m.Conflicts) != 2 || len(m.Stages) != 1 {
 		t.Fatalf("another page begins with %+v", m)
 	}
 }

@@ -357,3 +357,43 @@ func TestPageKeepsItsSize(t *testing.T) {
 		t.Errorf("the heap has grown by %d bytes", after.Heap-before.Heap)
 	}
 }
+
+// What comes late is shown, on a page that is open; and what is not of today has its date.
+func TestPageShowsWhatComesLate(t *testing.T) {
+	s := three()
+	at := time.Date(2024, 2, 29, 12, 13, 14, 0, time.Local)
+	conflict := func(table string) {
+		s.change(func(v *dashboard.View) {
+			v.Conflicts = []dashboard.Conflict{{Sequence: 7, At: at, Table: table, Key: "k"}}
+		})
+	}
+	conflict("")
+	s.change(func(v *dashboard.View) {
+		v.Events = []dashboard.Event{{Sequence: 1, At: at, Severity: "info", Text: "x"}, {Sequence: 2, At: time.Now(), Severity: "info", Text: "y"}}
+	})
+	tab := look(t, s, browser.Options{})
+	tab.AwaitText(within, "#conflict-rows", "29 Feb 2024, 12:13:14")
+	if got := tab.Visible("#event-list li:last-child time"); strings.Join(strings.Fields(got), " ") != "29 Feb 2024, 12:13:14" {
+		t.Errorf("an event of long ago is of %q", got)
+	}
+	if got := tab.Visible("#event-list li:first-child time"); len(got) != len("12:13:14") {
+		t.Errorf("an event of now is of %q", got)
+	}
+	conflict("accounts")
+	tab.AwaitText(within, "#conflict-rows", "accounts k")
+	if rows := browser.Value[int](tab, `document.querySelectorAll("#conflict-rows tr").length`); rows != 1 {
+		t.Errorf("%d conflicts", rows)
+	}
+	s.count(dashboard.Counters{Stages: []dashboard.Stage{{Name: "order"}}})
+	tab.AwaitText(within, "#plot-latency99", "order")
+}
+
+func TestPageSaysThatThereAreTooMany(t *testing.T) {
+	_, url := serve(t, dashboard.Config{Source: three()})
+	for range 64 {
+		openStream(t, url)
+	}
+	tab := browser.Open(t, browser.Options{Noisy: true})
+	tab.Open(url)
+	tab.AwaitText(within, "#strip", "64 pages are open on this node")
+}

@@ -51,6 +51,13 @@ func (s *scripted) change(f func(*dashboard.View)) {
 	f(&s.view)
 }
 
+// count sets what charts are made of.
+func (s *scripted) count(c dashboard.Counters) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counters = c
+}
+
 func ptr[T any](v T) *T { return &v }
 
 // three is a node of a healthy cluster of three.

@@ -40,6 +40,7 @@ func (n *Node) openDashboard(mux *http.ServeMux, guard *authz.HTTP) error {
 			}
 			return dashboard.Nobody
 		},
+		Name: func(r *http.Request) string { return guard.Caller(r).Name },
 	}
 	if guard.Tokens() {
 		c.Login, c.Logout = guard.Login, guard.Logout

@@ -73,6 +73,13 @@
     return (v >= 10 || u === 0 ? v.toFixed(0) : v.toFixed(1)) + " " + units[u];
   };
   const clock = (at) => new Date(at).toLocaleTimeString("en-GB");
+  // when has the date too, if that is not today's.
+  const when = (at) => {
+    const then = new Date(at), now = new Date();
+    if (then.toDateString() === now.toDateString()) return clock(at);
+    const year = then.getFullYear() === now.getFullYear() ? undefined : "numeric";
+    return `${then.toLocaleDateString("en-GB", { day: "numeric", month: "short", year })}, ${clock(at)}`;
+  };
 
   // ---- What is known ---------------------------------------------------------------------------------------------
 
@@ -82,6 +89,7 @@
     at: 0, // of the node's clock, Unix milliseconds
     heard: 0, // of this page's clock
     connected: false,
+    refusal: "", // why the node does not serve this page
     verdict: null, cluster: null, nodes: [], links: [], transactions: [],
     stages: [], // of a commit, in the order in which they are passed
     samples: [], conflicts: [], events: [],
@@ -89,8 +97,12 @@
   const changed = new Set();
   const all = ["verdict", "cluster", "nodes", "links", "transactions", "samples", "conflicts", "events"];
 
+  // append adds to a list. What has come before is replaced: more has become known of it.
   const append = (list, more, limit) => {
-    list.push(...more);
+    for (const one of more) {
+      const at = known(one.sequence) ? list.findLastIndex((old) => old.sequence === one.sequence) : -1;
+      if (at < 0) list.push(one); else list[at] = one;
+    }
     if (list.length > limit) list.splice(0, list.length - limit);
   };
 
@@ -98,13 +110,15 @@
     if (update.first) {
       if (state.build !== null && state.build !== update.build) location.reload(); // the node has a newer page
       state.build = update.build;
-      state.stages = update.stages ?? [];
+      state.stages = [];
       state.samples = []; state.conflicts = []; state.events = [];
       all.forEach((part) => changed.add(part));
     }
     state.at = update.at;
     state.heard = performance.now();
     state.connected = true;
+    state.refusal = "";
+    if (update.stages !== undefined) { state.stages = update.stages; changed.add("samples"); }
     for (const part of ["verdict", "cluster", "nodes", "links", "transactions"]) {
       if (update[part] !== undefined) { state[part] = update[part]; changed.add(part); }
     }
@@ -153,7 +167,10 @@
     let silence = setTimeout(() => ending.abort(), DEAD * 1000);
     try {
       const response = await fetch("dashboard/stream", { signal: ending.signal });
-      if (!response.ok) return;
+      if (!response.ok) {
+        state.refusal = (await response.json()).error ?? `HTTP status ${response.status}`;
+        return;
+      }
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       let rest = "";
       for (;;) {
@@ -215,6 +232,7 @@
     const strip = $("strip"), c = state.cluster, v = state.verdict;
     if (!c || !v) {
       attr(strip, "data-mood", "off");
+      text($("strip-text"), state.refusal ? `This node does not serve the page: ${state.refusal}. It is asked again.` : "Connecting…");
       return;
     }
     const old = stale();
@@ -223,7 +241,7 @@
     if (old) {
       kind = "stale";
       says = `Stale: no news from node ${c.node} for ${Math.floor(silent())} s. This is how it was at ${clock(state.at)}.` +
-        (state.connected ? "" : " Reconnecting…");
+        (state.connected ? "" : state.refusal ? ` It does not serve the page: ${state.refusal}. It is asked again.` : " Reconnecting…");
     } else if (v.level === "no-quorum") {
       kind = "bad";
       says = `Node ${c.node} has no quorum: ${{ "read-only": "clients can read here, not write", none: "clients are refused here" }[c.access] ?? "clients cannot commit here"}.`;
@@ -454,7 +472,7 @@
     const list = state.conflicts.toReversed();
     $("conflicts-empty").hidden = list.length > 0;
     rows($("conflict-rows"), list, () => el("tr", {}, el("td"), el("td", {}, el("span"), el("small")), el("td", {}, el("span", { class: "mono" }), el("small")), el("td", { class: "mono" })), (tr, c) => {
-      text(tr.children[0], clock(c.at));
+      text(tr.children[0], when(c.at));
       text(tr.children[1].children[0], c.table || c.key ? [c.table, c.key || "(which row is unknown)"].filter(Boolean).join(" ") : "unknown");
       text(tr.children[1].children[1], c.reason);
       text(tr.children[2].children[0], c.loser || NONE);
@@ -473,7 +491,7 @@
       el("span", { class: "what" }, el("span", { class: "hidden" }), el("span"))), (li, e) => {
       const [mood, sign, word] = signs[e.severity] ?? signs.info;
       attr(li, "data-mood", mood);
-      text(li.children[0], clock(e.at));
+      text(li.children[0], when(e.at));
       attr(li.children[0], "datetime", e.at);
       attr(li.children[0], "title", new Date(e.at).toLocaleString("en-GB"));
       text(li.children[1], sign);
