@@ -175,13 +175,16 @@ func atLeader[Req, Resp any](ctx context.Context, m *membership, req Req, there 
 			var client pb.MembershipClient
 			if client, err = m.client(leader); err == nil {
 				resp, err = there(client, forward(ctx, m.a.cfg.Node), req)
-				if err != nil && ctx.Err() != nil && refused != nil {
-					err = refused // why it could not be done says more than that the time was over in the midst of an attempt
+				switch code := status.Code(err); {
+				case code == codes.Unavailable:
+					refused = err
+				case code == codes.DeadlineExceeded && refused != nil:
+					// Why it could not be done says more than that the time was over in the midst of an attempt. The leader's clock may
+					// have said so before ours.
+					return resp, toStatus(asked, refused)
+				default:
+					return resp, toStatus(asked, err)
 				}
-				if err == nil || status.Code(err) != codes.Unavailable {
-					return resp, toStatus(ctx, err)
-				}
-				refused = err
 			}
 		}
 		if waiting := m.a.cfg.Membership.AwaitLeader(ctx); waiting != nil {

@@ -100,6 +100,11 @@ var (
 		hint: retryHint}
 	errIsolation   = refusals[sqllex.Serializable]
 	errReplicaRole = refusals[sqllex.ReplicationRole]
+
+	errShared = &sqlError{code: codeUnsupported,
+		message: "cannot commit: the transaction has changed what is not replicated",
+		detail:  "A function, DO or EXECUTE in it has changed a role, membership or settings of roles, a database, a tablespace, a subscription, an event trigger or a large object.",
+		hint:    hintEveryNode}
 )
 
 // warnNoTransaction is PostgreSQL's answer to COMMIT or ROLLBACK outside a block.
@@ -161,6 +166,9 @@ func databaseError(name, only string) *sqlError {
 		hint:    fmt.Sprintf("Connect to database %q.", only)}
 }
 
+// hintEveryNode: a session of the server itself is read only until it says otherwise.
+const hintEveryNode = "Do it on every node's PostgreSQL server itself, in the same way, after SET default_transaction_read_only = off."
+
 // refusals has an error for every sqllex.Refusal.
 var refusals = map[sqllex.Refusal]*sqlError{
 	sqllex.Serializable: {message: "isolation level SERIALIZABLE is not supported",
@@ -173,23 +181,25 @@ var refusals = map[sqllex.Refusal]*sqlError{
 	sqllex.DatabaseDDL: {message: "definitions and rights of databases are not replicated",
 		hint: "The cluster replicates one database."},
 	sqllex.TablespaceDDL: {message: "tablespaces are not replicated",
-		hint: "Do it on every node's PostgreSQL server."},
+		hint: hintEveryNode},
 	sqllex.RoleDDL: {message: "roles and membership in them are not replicated yet",
-		hint: "Do it on every node's PostgreSQL server, with the same names and rights."},
+		hint: hintEveryNode},
 	sqllex.SharedComment: {message: "comments and labels on objects shared by all databases are not replicated",
-		hint: "Do it on every node's PostgreSQL server."},
+		hint: hintEveryNode},
 	sqllex.AlterSystem: {message: "the server's configuration is not replicated",
 		hint: "Do it on each node's PostgreSQL server itself."},
 	sqllex.Subscription: {message: "subscriptions are not supported",
 		detail: "What they apply would be committed on one node only."},
 	sqllex.OwnPublication: {message: "publication \"quorate\" belongs to the cluster"},
 	sqllex.EventTrigger: {message: "event triggers are not replicated",
-		hint: "Do it on every node's PostgreSQL server."},
+		hint: hintEveryNode},
 	sqllex.LargeObject: {message: "large objects are not replicated", hint: "Use a bytea column."},
 	sqllex.CatalogLock: {message: "locking a system catalog is not supported",
 		detail: "It could stop replication."},
 	sqllex.ReplicationRole: {message: "session_replication_role cannot be set through the gateway",
 		detail: "Definitions made in that mode would not be replicated."},
+	sqllex.ExplainedCreation: {message: "EXPLAIN ANALYZE cannot create a table",
+		detail: "No event trigger would see it.", hint: "Create the table, or EXPLAIN the query alone."},
 	sqllex.OwnSchema: {message: "schema \"quorate\" belongs to the node and is not replicated"},
 }
 

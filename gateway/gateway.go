@@ -41,6 +41,8 @@ type Coordinator interface {
 // Commit is one attempt to commit. Lost may be called while Next blocks; otherwise one goroutine uses it.
 type Commit interface {
 	GID() txn.GID
+	// Seal is what the transaction is sealed and marked with. The client must not see it.
+	Seal() txn.Seal
 	// Seen is what was visible here before the marker.
 	Seen() txn.CSN
 	// Next blocks for the next step; see txn.Step.

@@ -114,6 +114,7 @@ type testCommit struct {
 }
 
 func (t *testCommit) GID() txn.GID   { return t.gid }
+func (t *testCommit) Seal() txn.Seal { return txn.Seal{GID: t.gid, Nonce: 1} }
 func (t *testCommit) Seen() txn.CSN  { return t.seen }
 func (t *testCommit) String() string { return t.gid.String() }
 

@@ -161,7 +161,7 @@ func TestMetrics(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
-	for r := sqllex.Serializable; r <= sqllex.OwnSchema; r++ {
+	for r := sqllex.Serializable; r <= sqllex.ExplainedCreation; r++ {
 		if e := refusals[r]; e == nil || e.message == "" || e.code != codeUnsupported || e.hint == "" && e.detail == "" && r < sqllex.OwnPublication {
 			t.Errorf("refusal %d: %+v", r, e)
 		}

@@ -114,7 +114,7 @@ func (snapshot) Release() {}
 // sink fits the coordinator to capture.
 type sink struct{ *incarnation }
 
-func (s sink) Expecting(gid txn.GID) bool { return s.coord.Expecting(gid) }
+func (s sink) Expecting(seal txn.Seal) bool { return s.coord.Expecting(seal) }
 
 func (s sink) Marked(m capture.Marker, set *txn.WriteSet, parts txn.Parts, err error) {
 	s.coord.Marked(m.GID, set, parts, err)

@@ -74,3 +74,27 @@ func ParseGID(s string) (GID, error) {
 	}
 	return g, nil
 }
+
+// Seal names one attempt to commit, and proves that the gateway makes it: GIDs are no secret, and every user of SQL can write
+// logical messages. The nonce is known to the gateway, the coordinator and capture only; it is drawn for each attempt.
+type Seal struct {
+	GID   GID
+	Nonce uint64
+}
+
+// String returns the GID, a blank and the nonce in hexadecimal.
+func (s Seal) String() string { return s.GID.String() + " " + strconv.FormatUint(s.Nonce, 16) }
+
+// ParseSeal reads what Seal.String wrote. The error wraps ErrBadGID.
+func ParseSeal(text string) (Seal, error) {
+	gidText, nonceText, _ := strings.Cut(text, " ")
+	gid, err := ParseGID(gidText)
+	if err != nil {
+		return Seal{}, err
+	}
+	nonce, err := strconv.ParseUint(nonceText, 16, 64)
+	if err != nil {
+		return Seal{}, fmt.Errorf("%w: seal %q", ErrBadGID, text)
+	}
+	return Seal{GID: gid, Nonce: nonce}, nil
+}

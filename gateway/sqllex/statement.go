@@ -41,6 +41,7 @@ const (
 	CatalogLock
 	ReplicationRole
 	OwnSchema
+	ExplainedCreation
 )
 
 // ReadOnlyWish is what a statement of kind SetReadOnly asks for.

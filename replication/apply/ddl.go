@@ -21,9 +21,6 @@ func (s *session) logical(csn txn.CSN, message []byte) error {
 	if err := json.Unmarshal(content, &m); err != nil {
 		return fmt.Errorf("read DDL: %w: %w", txn.ErrCorrupt, err)
 	}
-	if m.SQL == "" { // it only named tables
-		return nil
-	}
 	if err := s.finish(); err != nil {
 		return err
 	}
@@ -44,10 +41,6 @@ func asDDL(csn txn.CSN, tag string, err error) error {
 // ddl executes a statement as the role and under the settings that it had at the origin, and makes the session what
 // it was.
 func (s *session) ddl(m pg.DDL) error {
-	sql := m.SQL
-	if m.Tag == "CREATE TABLE AS" {
-		sql = withNoData(sql) // the rows follow as changes of their own
-	}
 	settings := maps.Clone(m.Settings)
 	if settings == nil {
 		settings = map[string]string{}
@@ -67,7 +60,7 @@ func (s *session) ddl(m pg.DDL) error {
 			return fmt.Errorf("set role: %w", err)
 		}
 	}
-	if err := s.simple(sql); err != nil {
+	if err := s.simple(m.SQL); err != nil {
 		return err
 	}
 	if err := s.simple("SET LOCAL role = none"); err != nil {
@@ -110,123 +103,4 @@ func (s *session) truncate(csn txn.CSN, message []byte) error {
 		return asDDL(csn, "TRUNCATE", err)
 	}
 	return nil
-}
-
-// withNoData makes a CREATE TABLE … AS create the table only.
-func withNoData(sql string) string {
-	tokens := lex(sql)
-	for len(tokens) > 0 && tokens[len(tokens)-1].is(sql, ";") {
-		tokens = tokens[:len(tokens)-1]
-	}
-	n := len(tokens)
-	switch {
-	case n >= 3 && tokens[n-1].is(sql, "DATA") && tokens[n-2].is(sql, "NO") && tokens[n-3].is(sql, "WITH"):
-		return sql
-	case n >= 2 && tokens[n-1].is(sql, "DATA") && tokens[n-2].is(sql, "WITH"):
-		return sql[:tokens[n-1].start] + "NO DATA"
-	case n == 0:
-		return sql
-	}
-	return sql[:tokens[n-1].end] + " WITH NO DATA"
-}
-
-// token is a word, number, quoted thing or single other character of SQL text, sql[start:end]; comments are none.
-type token struct{ start, end int }
-
-// is reports whether a token is that keyword or character.
-func (t token) is(sql, word string) bool { return strings.EqualFold(sql[t.start:t.end], word) }
-
-// lex cuts SQL text into tokens by PostgreSQL's rules, with standard_conforming_strings on.
-func lex(sql string) []token {
-	var tokens []token
-	for i := 0; i < len(sql); {
-		start := i
-		switch c := sql[i]; {
-		case c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\f' || c == '\v':
-			i++
-			continue
-		case strings.HasPrefix(sql[i:], "--"):
-			i = endOf(sql, i, "\n")
-			continue
-		case strings.HasPrefix(sql[i:], "/*"):
-			i = endOfComment(sql, i)
-			continue
-		case (c == 'e' || c == 'E') && i+1 < len(sql) && sql[i+1] == '\'':
-			i = endOfString(sql, i+2, true)
-		case c == '\'':
-			i = endOfString(sql, i+1, false)
-		case c == '"':
-			i = endOf(sql, i+1, `"`) // "" within is two adjacent tokens, which is all the same here
-		case c == '$' && dollarTag(sql[i:]) != "":
-			tag := dollarTag(sql[i:])
-			i = endOf(sql, i+len(tag), tag)
-		case isWordByte(c):
-			for i < len(sql) && (isWordByte(sql[i]) || sql[i] == '$') {
-				i++
-			}
-		default:
-			i++
-		}
-		tokens = append(tokens, token{start, i})
-	}
-	return tokens
-}
-
-func isWordByte(c byte) bool {
-	return c == '_' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= 0x80
-}
-
-// endOf returns the place after the next end at or after i, or that of the text.
-func endOf(sql string, i int, end string) int {
-	if n := strings.Index(sql[i:], end); n >= 0 {
-		return i + n + len(end)
-	}
-	return len(sql)
-}
-
-func endOfComment(sql string, i int) int {
-	depth := 0
-	for i < len(sql) {
-		switch {
-		case strings.HasPrefix(sql[i:], "/*"):
-			depth++
-			i += 2
-		case strings.HasPrefix(sql[i:], "*/"):
-			depth--
-			i += 2
-			if depth == 0 {
-				return i
-			}
-		default:
-			i++
-		}
-	}
-	return i
-}
-
-func endOfString(sql string, i int, escapes bool) int {
-	for ; i < len(sql); i++ {
-		switch {
-		case escapes && sql[i] == '\\':
-			i++
-		case sql[i] == '\'' && i+1 < len(sql) && sql[i+1] == '\'':
-			i++
-		case sql[i] == '\'':
-			return i + 1
-		}
-	}
-	return len(sql)
-}
-
-// dollarTag returns the opening quote $tag$ at the beginning of sql, or "".
-func dollarTag(sql string) string {
-	for i := 1; i < len(sql); i++ {
-		switch {
-		case sql[i] == '$':
-			return sql[:i+1]
-		case !isWordByte(sql[i]) || i == 1 && sql[i] >= '0' && sql[i] <= '9':
-			return ""
-		}
-	}
-	return ""
 }

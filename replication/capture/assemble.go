@@ -27,11 +27,12 @@ type assembler struct {
 	row   rowChange
 
 	// of the write set that is being made
-	ctx      context.Context
-	set      *txn.WriteSet
-	versions []*relation
-	out      output
-	silent   int // bytes since alive was called
+	ctx    context.Context
+	tx     *transaction
+	set    *txn.WriteSet
+	made   map[uint32]bool // the output creates that one of tx.creates
+	out    output
+	silent int // bytes since alive was called
 }
 
 // aliveStep is how many bytes are assembled between two calls of alive.
@@ -44,22 +45,25 @@ func newAssembler(cfg Config, alive func()) *assembler {
 		asOf:  make(map[uint32]*relation),
 		shown: make(map[uint32]*relation),
 		alone: make(map[*relation]*plan),
+		made:  make(map[uint32]bool),
 	}
 }
 
 // assemble makes the write set of a complete transaction.
-func (a *assembler) assemble(ctx context.Context, m Marker, j *journal) (*txn.WriteSet, txn.Parts, error) {
+func (a *assembler) assemble(ctx context.Context, m Marker, tx *transaction) (*txn.WriteSet, txn.Parts, error) {
+	j := &tx.journal
 	size := j.end()
 	for _, r := range j.versions {
 		size += int64(len(r.framed))
 	}
-	a.ctx, a.versions, a.silent = ctx, j.versions, 0
+	a.ctx, a.tx, a.silent = ctx, tx, 0
 	a.set = &txn.WriteSet{GID: m.GID, XID: m.XID, Database: a.database, Base: m.Base, Seen: m.Seen}
 	a.out = output{dir: a.dir, limit: a.partSize, part: make([]byte, 0, min(size, int64(a.partSize)))}
 	a.keys.reset()
 	clear(a.asOf)
 	clear(a.shown)
 	clear(a.alone)
+	clear(a.made)
 	if err := j.records(a.record); err != nil {
 		return nil, nil, errors.Join(err, a.out.discard())
 	}
@@ -83,10 +87,10 @@ func (a *assembler) record(record []byte) error {
 	switch record[0] {
 	case 0:
 		i, n := binary.Uvarint(record[1:])
-		if n <= 0 || i >= uint64(len(a.versions)) {
+		if n <= 0 || i >= uint64(len(a.tx.journal.versions)) {
 			return errJournal
 		}
-		a.asOf[a.versions[i].oid] = a.versions[i]
+		a.asOf[a.tx.journal.versions[i].oid] = a.tx.journal.versions[i]
 		return nil
 	case msgTruncate:
 		a.set.Barrier = true
@@ -99,8 +103,12 @@ func (a *assembler) record(record []byte) error {
 		}
 	case msgMessage:
 		a.set.Barrier = true
-		if err := a.ddl(record); err != nil {
+		creates, err := a.ddl(record)
+		if err != nil || a.made[creates] {
 			return err
+		}
+		if creates != 0 {
+			a.made[creates] = true
 		}
 	default:
 		a.set.Rows++
@@ -116,8 +124,15 @@ func (a *assembler) record(record []byte) error {
 	return a.out.message(record)
 }
 
-// relation sees to it that the output describes a relation as of this point, and returns its plan.
+// relation sees to it that the output creates a relation, if the transaction has, and describes it as of this point, and returns
+// its plan.
 func (a *assembler) relation(oid uint32) (*plan, error) {
+	if create, ok := a.tx.creates[oid]; ok && !a.made[oid] {
+		a.made[oid] = true
+		if err := a.out.message(create); err != nil {
+			return nil, err
+		}
+	}
 	r := a.asOf[oid]
 	if r == nil {
 		return nil, errJournal
@@ -133,8 +148,9 @@ func (a *assembler) relation(oid uint32) (*plan, error) {
 	return a.plan(r)
 }
 
-// plan returns how to make the keys of a relation. One that the catalog does not know, the transaction has made
-// itself: nobody else can see it.
+// plan returns how to make the keys of a relation. One that the catalog does not know, the transaction has made itself: nobody
+// else can see it. If it has done so behind our back (by EXPLAIN ANALYZE CREATE TABLE AS, in a function), the other nodes will not
+// have it.
 func (a *assembler) plan(r *relation) (*plan, error) {
 	if p := a.alone[r]; p != nil {
 		return p, nil
@@ -147,6 +163,9 @@ func (a *assembler) plan(r *relation) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m == nil && !a.tx.ddl {
+		return nil, fmt.Errorf("no event trigger has seen the statement that made table %s.%s", r.schema, r.name)
+	}
 	if m == nil {
 		p := tableOnly(a.database, r)
 		a.alone[r] = p
@@ -156,19 +175,19 @@ func (a *assembler) plan(r *relation) (*plan, error) {
 	return r.plan, nil
 }
 
-// ddl adds the keys of a DDL message.
-func (a *assembler) ddl(record []byte) error {
+// ddl adds the keys of a DDL message, and returns which table it creates if there may be rows of that before.
+func (a *assembler) ddl(record []byte) (creates uint32, err error) {
 	m, err := parseLogical(record)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var d pg.DDL
 	if err := json.Unmarshal(m.content, &d); err != nil {
-		return fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, pg.PrefixDDL, err)
+		return 0, fmt.Errorf("%w: message %s: %w", txn.ErrCorrupt, pg.PrefixDDL, err)
 	}
 	if d.Tables == nil {
 		a.keys.ddlAnywhere()
-		return nil
+		return d.Creates, nil
 	}
 	a.keys.ddl()
 	for _, t := range *d.Tables {
@@ -176,14 +195,14 @@ func (a *assembler) ddl(record []byte) error {
 		schema, name := t[0], t[1]
 		r, err := a.catalog.RelationByName(a.ctx, schema, name)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if r != nil {
 			schema, name = r.RootSchema, r.RootName
 		}
 		a.keys.takeTable(TableKey(a.database, schema, name))
 	}
-	return nil
+	return d.Creates, nil
 }
 
 var errJournal = fmt.Errorf("%w: journal of a transaction", txn.ErrCorrupt)

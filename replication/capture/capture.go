@@ -27,7 +27,7 @@ import (
 
 // Marker is what a session emits when its transaction is ready to be decided.
 type Marker struct {
-	GID  txn.GID
+	txn.Seal
 	XID  txn.XID
 	Base txn.CSN
 	Seen txn.CSN
@@ -36,8 +36,8 @@ type Marker struct {
 // Sink takes what capture finds. Its methods are called by one goroutine, in WAL order, and must not block: the
 // stream, and with it every commit of this node, waits.
 type Sink interface {
-	// Expecting reports whether a session waits for this marker. Capture ignores others.
-	Expecting(txn.GID) bool
+	// Expecting reports whether a session waits for a marker under this seal. Capture ignores others.
+	Expecting(txn.Seal) bool
 	// Marked hands over the write set of a marker. set is nil without an error when the server has not sent the
 	// transaction's seal: the session must nudge it and emit seal and marker again. parts, unless nil, yields the
 	// earlier parts of a large write set; the receiver closes it, and may read it on another goroutine. A marker comes

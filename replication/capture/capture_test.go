@@ -113,7 +113,7 @@ func TestSealMustBeLast(t *testing.T) {
 	c.run("CREATE TABLE t (id int PRIMARY KEY)")
 	c.exec("BEGIN; INSERT INTO t VALUES (1)")
 	gid := n.newGID()
-	c.exec("SELECT pg_logical_emit_message(true, 'quorate.seal', '" + gid.String() + "'); INSERT INTO t VALUES (2)")
+	c.exec(sealSQL(gid) + "; INSERT INTO t VALUES (2)")
 	if r := c.mark(gid, false); r.set != nil || r.err != nil {
 		t.Errorf("unsealed: %+v", r)
 	}
@@ -122,7 +122,7 @@ func TestSealMustBeLast(t *testing.T) {
 	}
 	// A seal inside a savepoint goes with it.
 	gid = n.newGID()
-	c.exec("SAVEPOINT s; SELECT pg_logical_emit_message(true, 'quorate.seal', '" + gid.String() + "'); INSERT INTO quorate.nudge VALUES (1); ROLLBACK TO s")
+	c.exec("SAVEPOINT s; " + sealSQL(gid) + "; INSERT INTO quorate.nudge VALUES (1); ROLLBACK TO s")
 	if r := c.mark(gid, false); r.set != nil || r.err != nil {
 		t.Errorf("seal rolled back: %+v", r)
 	}
@@ -169,12 +169,12 @@ func TestForeignMarkers(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, 18, Limits{})
 	c := n.client()
-	for _, content := range []string{"", "x", "1-a-1", "1-a-1 5 6", "1-a-1 5 6 7", "1-a-1 5 6 7 8", "1-a-1 x 6 7", "1-abc-999 1 0 0"} {
+	for _, content := range []string{"", "x", "1-a-1", "1-a-1 5 6", "1-a-1 0 5 6 7", "1-a-1 0 5 6 7 8", "1-a-1 0 x 6 7", "1-a-1 x 5 6 7", "1-abc-999 feed 1 0 0"} {
 		c.exec("SELECT pg_logical_emit_message(false, 'quorate.marker', '" + content + "', true)")
 	}
 	c.run("CREATE TABLE t (id int PRIMARY KEY)")
-	if got := counter(t, n, "quorate_capture_markers_total", "ignored"); got != 8 {
-		t.Errorf("%v ignored, want 8", got)
+	if got := counter(t, n, "quorate_capture_markers_total", "ignored"); got != 9 {
+		t.Errorf("%v ignored, want 9", got)
 	}
 }
 
@@ -247,8 +247,8 @@ func TestReconnect(t *testing.T) {
 		// A marker while nobody listens is not lost.
 		gid := n.newGID()
 		answer := n.sink.expect(gid)
-		c.exec("SELECT pg_logical_emit_message(true, 'quorate.seal', '" + gid.String() + "')")
-		c.exec("SELECT pg_logical_emit_message(false, 'quorate.marker', '" + gid.String() + " ' || pg_current_xact_id() || ' 7 9', true)")
+		c.exec(sealSQL(gid))
+		c.exec(markerSQL(gid))
 		r := c.await(answer)
 		for range 5 {
 			if r.set != nil || r.err != nil {
@@ -511,6 +511,49 @@ func TestDDL(t *testing.T) {
 	c.exec("ROLLBACK")
 }
 
+// TestCreateTableAs: the event trigger speaks when the rows are there already; peers are told before them, and nothing of a table
+// that came to nothing.
+func TestCreateTableAs(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, 18, Limits{})
+	c := n.client()
+	c.run("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1), (2)")
+	verbs := func(sql string) (all []string) {
+		t.Helper()
+		for _, line := range render(t, result{set: c.run(sql)}) {
+			all = append(all, strings.Fields(line)[0])
+		}
+		return all
+	}
+	for _, test := range []struct {
+		sql  string
+		want []string
+	}{
+		{"CREATE TABLE a AS SELECT * FROM t", []string{"DDL", "INSERT", "INSERT"}},
+		{"CREATE TABLE b AS SELECT * FROM t WITH NO DATA", []string{"DDL"}},
+		{"CREATE TABLE c AS TABLE t; INSERT INTO c VALUES (3)", []string{"DDL", "INSERT", "INSERT", "INSERT"}},
+		{"CREATE TABLE d AS SELECT WHERE false; ALTER TABLE d ADD x int; INSERT INTO d VALUES (1)", []string{"DDL", "DDL", "INSERT"}},
+		{"CREATE TABLE IF NOT EXISTS a AS SELECT 1; INSERT INTO t VALUES (3)", []string{"INSERT"}},
+		{"SAVEPOINT s; CREATE TABLE e AS TABLE t; ROLLBACK TO s; CREATE TABLE e AS SELECT 1", []string{"DDL", "INSERT"}},
+		{"SELECT 1 AS id INTO f", []string{"DDL", "INSERT"}},
+	} {
+		if got := verbs(test.sql); !slices.Equal(got, test.want) {
+			t.Errorf("%s: %v, want %v", test.sql, got, test.want)
+		}
+	}
+	// One that no event trigger sees must not become rows of a table that others do not have.
+	c.exec("BEGIN; EXPLAIN ANALYZE CREATE TABLE hidden AS SELECT 1 AS id")
+	r := c.mark(n.newGID(), true)
+	for r.err == nil && r.set == nil {
+		c.nudge()
+		r = c.mark(n.newGID(), true)
+	}
+	if r.err == nil {
+		t.Errorf("accepted: %+v", r)
+	}
+	c.exec("ROLLBACK")
+}
+
 // TestDDLOfUsers: a role that may make functions and set anything can neither have peers run what it has not run here, nor
 // keep from them what it has.
 func TestDDLOfUsers(t *testing.T) {
@@ -520,7 +563,7 @@ func TestDDLOfUsers(t *testing.T) {
 	c.exec("CREATE ROLE mallory; GRANT CREATE, USAGE ON SCHEMA public TO mallory")
 	c.exec("SET ROLE mallory")
 	for _, sql := range []string{
-		"SELECT quorate.emit_ddl('DROP TABLE t', 'DROP TABLE', 'public', '[]', 'mallory')",
+		"SELECT quorate.emit_ddl('DROP TABLE t', 'DROP TABLE', 'public', '[]', 'mallory', 0)",
 		"SELECT quorate.extension_script()",
 		"SELECT quorate.in_extension_script()",
 		"SELECT quorate.on_ddl_end()",

@@ -135,10 +135,13 @@ func (r *recorder) expect(gid txn.GID) <-chan result {
 	return c
 }
 
-func (r *recorder) Expecting(gid txn.GID) bool {
+// nonce is that of all seals.
+const nonce = 0xfeed
+
+func (r *recorder) Expecting(seal txn.Seal) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.waiting[gid] != nil
+	return r.waiting[seal.GID] != nil && seal.Nonce == nonce
 }
 
 func (r *recorder) Marked(m Marker, set *txn.WriteSet, parts txn.Parts, err error) {
@@ -180,14 +183,22 @@ func (n *node) newGID() txn.GID {
 	return txn.GID{Node: 1, Incarnation: 0xabc, Sequence: n.sequence.Add(1)}
 }
 
+func sealSQL(gid txn.GID) string {
+	return fmt.Sprintf("SELECT pg_logical_emit_message(true, 'quorate.seal', '%s')", txn.Seal{GID: gid, Nonce: nonce})
+}
+
+func markerSQL(gid txn.GID) string {
+	return fmt.Sprintf("SELECT pg_logical_emit_message(false, 'quorate.marker', '%s ' || pg_current_xact_id() || ' 7 9', true)", txn.Seal{GID: gid, Nonce: nonce})
+}
+
 // mark emits seal and marker and returns what the sink gets.
 func (c *client) mark(gid txn.GID, seal bool) result {
 	c.t.Helper()
 	answer := c.sink.expect(gid)
 	if seal {
-		c.exec(fmt.Sprintf("SELECT pg_logical_emit_message(true, 'quorate.seal', '%s')", gid))
+		c.exec(sealSQL(gid))
 	}
-	c.exec(fmt.Sprintf("SELECT pg_logical_emit_message(false, 'quorate.marker', '%s ' || pg_current_xact_id() || ' 7 9', true)", gid))
+	c.exec(markerSQL(gid))
 	return c.await(answer)
 }
 

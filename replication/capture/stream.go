@@ -60,9 +60,11 @@ type transaction struct {
 	xid       uint32
 	journal   journal
 	relations map[uint32]*relation // the latest descriptions in its stream
-	// seal is the GID of the seal if nothing came after it, else zero.
-	seal txn.GID
+	// seal is the latest one if nothing came after it, else zero.
+	seal txn.Seal
 	ddl  bool
+	// creates holds the DDL messages that go before the first row of a table, by its oid.
+	creates map[uint32][]byte
 	// floating: a DDL message did not say to which subtransaction it belongs.
 	floating bool
 	changes  uint64 // outside a stream, and after the write set was handed over: the journal is not kept then
@@ -256,7 +258,7 @@ func (s *stream) abort(xid, sub uint32) {
 		return
 	}
 	// The seal itself may have been in there: the server gives every message the top-level xid.
-	tx.seal = txn.GID{}
+	tx.seal = txn.Seal{}
 	if tx.floating {
 		s.fail(tx, fmt.Errorf("a savepoint was rolled back, and a message %s does not tell whether it belonged to that", pg.PrefixDDL))
 		return
@@ -274,7 +276,7 @@ func (s *stream) commit(tx *transaction, lsn txn.LSN) {
 		s.catalog.Invalidate()
 	}
 	changes := tx.changes + tx.journal.changes()
-	if changes > 0 && (tx.taken || tx.seal.IsZero()) {
+	if changes > 0 && (tx.taken || tx.seal.GID.IsZero()) {
 		s.metrics.strays.Inc()
 		s.sink.Stray(tx.xid, lsn, changes)
 	}
@@ -372,7 +374,7 @@ func (s *stream) truncated(xid uint32, body []byte) error {
 // keep adds a change to the current transaction.
 func (s *stream) keep(xid uint32, body []byte) {
 	tx := s.current
-	tx.seal = txn.GID{}
+	tx.seal = txn.Seal{}
 	s.metrics.changes.Inc()
 	switch {
 	case tx.count:
@@ -446,8 +448,8 @@ func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error
 		return malformed(body)
 	case string(m.prefix) == pg.PrefixSeal:
 		// One that is not ours is no seal, and no change either.
-		if gid, err := txn.ParseGID(string(m.content)); err == nil {
-			s.current.seal = gid
+		if seal, err := txn.ParseSeal(string(m.content)); err == nil {
+			s.current.seal = seal
 		}
 	case string(m.prefix) == pg.PrefixDDL:
 		return s.ddl(body, m.content)
@@ -471,18 +473,24 @@ func (s *stream) ddl(body, content []byte) error {
 	}
 	s.keep(xid, body)
 	s.current.ddl = true
+	if d.Creates != 0 && !s.current.count {
+		if s.current.creates == nil {
+			s.current.creates = make(map[uint32][]byte)
+		}
+		s.current.creates[d.Creates] = bytes.Clone(body)
+	}
 	return nil
 }
 
-// marker takes a marker's content: GID, xid, base, seen.
+// marker takes a marker's content: seal, xid, base, seen.
 func (s *stream) marker(ctx context.Context, content string, sent time.Time) {
 	m, ok := parseMarker(content)
-	if !ok || !s.sink.Expecting(m.GID) {
+	if !ok || !s.sink.Expecting(m.Seal) {
 		s.metrics.markers.ignored.Inc()
 		return
 	}
 	tx := s.open[uint32(m.XID)]
-	if tx == nil || tx.seal != m.GID {
+	if tx == nil || tx.seal != m.Seal {
 		s.metrics.markers.unsealed.Inc()
 		s.sink.Marked(m, nil, nil, nil)
 		return
@@ -496,7 +504,7 @@ func (s *stream) marker(ctx context.Context, content string, sent time.Time) {
 		return
 	}
 	began := time.Now()
-	set, parts, err := s.assembler.assemble(ctx, m, &tx.journal)
+	set, parts, err := s.assembler.assemble(ctx, m, tx)
 	if err != nil {
 		s.metrics.markers.failed.Inc()
 		s.sink.Marked(m, nil, nil, fmt.Errorf("assemble write set of %s: %w", m.GID, err))
@@ -517,15 +525,16 @@ func (s *stream) marker(ctx context.Context, content string, sent time.Time) {
 }
 
 func parseMarker(content string) (m Marker, ok bool) {
-	gidText, rest, ok1 := strings.Cut(content, " ")
-	xidText, rest, ok2 := strings.Cut(rest, " ")
-	baseText, seenText, ok3 := strings.Cut(rest, " ")
-	gid, err := txn.ParseGID(gidText)
-	xid, err1 := strconv.ParseUint(xidText, 10, 64)
-	base, err2 := strconv.ParseUint(baseText, 10, 64)
-	seen, err3 := strconv.ParseUint(seenText, 10, 64)
-	if !ok1 || !ok2 || !ok3 || err != nil || err1 != nil || err2 != nil || err3 != nil {
+	fields := strings.Split(content, " ")
+	if len(fields) != 5 {
 		return Marker{}, false
 	}
-	return Marker{GID: gid, XID: txn.XID(xid), Base: txn.CSN(base), Seen: txn.CSN(seen)}, true
+	seal, err := txn.ParseSeal(fields[0] + " " + fields[1])
+	xid, err1 := strconv.ParseUint(fields[2], 10, 64)
+	base, err2 := strconv.ParseUint(fields[3], 10, 64)
+	seen, err3 := strconv.ParseUint(fields[4], 10, 64)
+	if err != nil || err1 != nil || err2 != nil || err3 != nil {
+		return Marker{}, false
+	}
+	return Marker{Seal: seal, XID: txn.XID(xid), Base: txn.CSN(base), Seen: txn.CSN(seen)}, true
 }

@@ -38,13 +38,23 @@ func (d tables) Generation() uint64 { return 1 }
 func (d tables) Stable() bool       { return true }
 func (d tables) Invalidate()        {}
 
+// committed returns tables of these names, with oids from 1 on and without keys.
+func committed(names ...string) tables {
+	all := tables{}
+	for i, name := range names {
+		oid := uint32(i + 1)
+		all[oid] = &pg.Relation{OID: oid, Schema: "public", Name: name, RootSchema: "public", RootName: name}
+	}
+	return all
+}
+
 // accepter is a Sink that expects everything.
 type accepter struct {
 	results []result
 	strays  []stray
 }
 
-func (a *accepter) Expecting(txn.GID) bool { return true }
+func (a *accepter) Expecting(txn.Seal) bool { return true }
 func (a *accepter) Marked(m Marker, set *txn.WriteSet, parts txn.Parts, err error) {
 	a.results = append(a.results, result{m, set, parts, err})
 }
@@ -138,9 +148,9 @@ func messageOf(xid uint32, transactional byte, prefix, content string) []byte {
 	return append(b, content...)
 }
 
-func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, pg.PrefixSeal, gid) }
+func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, pg.PrefixSeal, gid+" 0") }
 func marker(gid string, xid uint32) []byte {
-	return messageOf(0, 0, pg.PrefixMarker, fmt.Sprintf("%s %d 0 0", gid, xid))
+	return messageOf(0, 0, pg.PrefixMarker, fmt.Sprintf("%s 0 %d 0 0", gid, xid))
 }
 
 func feed(t testing.TB, s *stream, messages ...[]byte) {
@@ -155,7 +165,7 @@ func feed(t testing.TB, s *stream, messages ...[]byte) {
 // TestDescriptions: a description that came in a savepoint survives it, the one that holds at each change stands
 // before it, and none is written without need.
 func TestDescriptions(t *testing.T) {
-	s, sink := testStream(t, tables{}, Limits{})
+	s, sink := testStream(t, committed("a", "unused"), Limits{})
 	feed(t, s,
 		start(10), relationMessage(11, 1, "public", "a", "id"), insert(11, 1, "gone"), stop(),
 		abort(10, 11),
@@ -189,7 +199,7 @@ func TestDescriptions(t *testing.T) {
 
 // TestLocalTruncate: the node's own tables are taken out of a TRUNCATE.
 func TestLocalTruncate(t *testing.T) {
-	s, sink := testStream(t, tables{}, Limits{})
+	s, sink := testStream(t, committed("x", "t"), Limits{})
 	feed(t, s, start(10), relationMessage(10, 1, localSchema, "x", "id"), relationMessage(10, 2, "public", "t", "id"),
 		truncate(10, 1, 2, 1), stop(), start(10), seal(10, "1-a-1"), stop(), marker("1-a-1", 10))
 	messages := split(t, sink.results[0].set.Changes)
@@ -200,7 +210,7 @@ func TestLocalTruncate(t *testing.T) {
 
 // TestTooLarge: a change that no log entry can hold fails its transaction, not the stream.
 func TestTooLarge(t *testing.T) {
-	s, sink := testStream(t, tables{}, Limits{})
+	s, sink := testStream(t, committed("t"), Limits{})
 	feed(t, s, start(10), relationMessage(10, 1, "public", "t", "id"), insert(10, 1, string(make([]byte, maxMessage))), stop(),
 		start(10), insert(10, 1, "small"), seal(10, "1-a-1"), stop(), marker("1-a-1", 10), streamCommit(10),
 		start(11), relationMessage(11, 1, "public", "t", "id"), insert(11, 1, "1"), seal(11, "1-a-2"), stop(), marker("1-a-2", 11))

@@ -2,9 +2,9 @@ package pg
 
 // The prefixes of Quorate's own logical messages.
 const (
-	// PrefixSeal: transactional, a GID; the last change of a transaction that is to be committed.
+	// PrefixSeal: transactional, a txn.Seal; the last change of a transaction that is to be committed.
 	PrefixSeal = "quorate.seal"
-	// PrefixMarker: not transactional, flushed, "<gid> <xid> <base> <seen>"; that transaction is ready to be decided.
+	// PrefixMarker: not transactional, flushed, "<seal> <xid> <base> <seen>"; that transaction is ready to be decided.
 	PrefixMarker = "quorate.marker"
 	// PrefixDDL: transactional, a DDL in JSON.
 	PrefixDDL = "quorate.ddl"
@@ -18,7 +18,7 @@ type DDL struct {
 	XID uint32 `json:"xid"`
 	// Token proves that the message is the event trigger's; see Install.
 	Token string `json:"token"`
-	// SQL is what to run. It is empty when an earlier message had it and this one names its tables.
+	// SQL is what to run.
 	SQL        string            `json:"sql"`
 	Tag        string            `json:"tag"` // PostgreSQL's command tag
 	SearchPath string            `json:"search_path"`
@@ -26,4 +26,7 @@ type DDL struct {
 	Settings   map[string]string `json:"settings"`
 	// Tables are the tables that the statement concerns, as schema and name; nil if that may be any.
 	Tables *[][2]string `json:"tables"`
+	// Creates is the oid (at the origin) of the table that SQL creates, if rows of it may come before this message: CREATE TABLE
+	// AS has an event trigger only at its end. SQL goes before the first of them.
+	Creates uint32 `json:"creates"`
 }

@@ -167,15 +167,15 @@ END $$;
 -- emit_ddl writes the message by which peers replay a statement at its place in the transaction. Decoding reports
 -- every logical message under the top-level transaction, so the message itself says in which subtransaction the
 -- statement ran: with that one it is undone. Only the triggers below may call it: peers run what it says. Nor must they
--- replay as a role that the session's user could not assume.
-CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb, runs_as name) RETURNS void
+-- replay as a role that the session's user could not assume; no role is for what the triggers have written themselves.
+CREATE OR REPLACE FUNCTION quorate.emit_ddl(sql text, tag text, path text, tables jsonb, runs_as name, creates oid) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     xid bigint;
 BEGIN
-    IF NOT pg_has_role(session_user, runs_as, 'MEMBER') THEN
+    IF runs_as IS NOT NULL AND NOT pg_has_role(session_user, runs_as, 'MEMBER') THEN
         RAISE EXCEPTION USING ERRCODE = '0A000',
             MESSAGE = format('DDL as role %I cannot be replicated for a session of %I, who is no member of it', runs_as, session_user),
             HINT = 'Run it as that role instead of from a SECURITY DEFINER function.';
@@ -183,10 +183,9 @@ BEGIN
     INSERT INTO quorate.subtransaction VALUES (1) RETURNING xmin::text::bigint INTO xid;
     DELETE FROM quorate.subtransaction WHERE xmin::text::bigint = xid;
     PERFORM pg_logical_emit_message(true, 'quorate.ddl', jsonb_build_object(
-        'xid', xid, 'sql', sql, 'tag', tag, 'search_path', path, 'role', runs_as, 'tables', tables,
+        'xid', xid, 'sql', sql, 'tag', tag, 'search_path', path, 'role', runs_as, 'tables', tables, 'creates', creates::bigint,
         'token', (SELECT token FROM quorate.identity),
         'settings', jsonb_build_object(
-            'check_function_bodies', current_setting('check_function_bodies'),
             'default_table_access_method', current_setting('default_table_access_method'),
             'default_toast_compression', current_setting('default_toast_compression'),
             'standard_conforming_strings', current_setting('standard_conforming_strings'),
@@ -218,7 +217,7 @@ BEGIN
 END $$;
 REVOKE ALL ON FUNCTION quorate.in_extension_script FROM PUBLIC;
 
--- on_ddl comes before each of the next three, by the names of the triggers, and notes what only a function that runs as the
+-- on_ddl comes before each of the next two, by the names of the triggers, and notes what only a function that runs as the
 -- user can see. They run as the owner; whatever the user had put into the setting is gone.
 CREATE OR REPLACE FUNCTION quorate.on_ddl() RETURNS event_trigger
 LANGUAGE plpgsql
@@ -266,34 +265,57 @@ AS $$
     WHERE c.relpersistence <> 't') END
 $$;
 
--- CREATE TABLE AS writes its rows before ddl_command_end, but a peer must create the table first. What the script of
--- an extension does is replayed by the statement that ran the script.
+-- table_text makes the statement that creates a table like one that CREATE TABLE AS, or SELECT INTO, has made. Their own text
+-- may name what only this session has: temporary tables, parameters, prepared statements, variables of PL/pgSQL.
+CREATE OR REPLACE FUNCTION quorate.table_text(made oid) RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT format('CREATE %sTABLE %I.%I (%s) USING %I%s%s',
+        CASE c.relpersistence WHEN 'u' THEN 'UNLOGGED ' ELSE '' END, n.nspname, c.relname,
+        (SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)) ||
+                CASE WHEN a.attcollation <> t.typcollation THEN format(' COLLATE %I.%I', kn.nspname, k.collname) ELSE '' END, ', ' ORDER BY a.attnum)
+           FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+           LEFT JOIN pg_collation k ON k.oid = a.attcollation LEFT JOIN pg_namespace kn ON kn.oid = k.collnamespace
+          WHERE a.attrelid = c.oid AND a.attnum > 0),
+        m.amname,
+        (SELECT ' WITH (' || string_agg(format('%s%I = %L', prefix, split_part(o, '=', 1), substr(o, strpos(o, '=') + 1)), ', ') || ')'
+           FROM (SELECT '' AS prefix, unnest(c.reloptions) AS o UNION ALL SELECT 'toast.', unnest(h.reloptions)) AS options),
+        ' TABLESPACE ' || quote_ident(s.spcname))
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_am m ON m.oid = c.relam
+    LEFT JOIN pg_class h ON h.oid = c.reltoastrelid LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
+    WHERE c.oid = made
+$$;
+
+-- missing_values lists the columns whose value in the rows that were there before them is kept with the column's definition
+-- (ALTER TABLE … ADD COLUMN … DEFAULT does that), and whether each node that runs the statement would find another value:
+-- the time, the user. id tells them apart.
+CREATE OR REPLACE FUNCTION quorate.missing_values(OUT id text, OUT of_table oid, OUT name name, OUT value text, OUT differs boolean) RETURNS SETOF record
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT a.attrelid || '.' || a.attnum, a.attrelid, a.attname, (a.attmissingval::text::text[])[1],
+           d.adbin IS NULL OR d.adbin::text ~ 'SQLVALUEFUNCTION|COERCEVIAIO'
+           OR EXISTS (SELECT FROM regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id) JOIN pg_proc p ON p.oid = f.id[1]::oid
+                       WHERE p.provolatile <> 'i')
+           OR CASE t.typcategory WHEN 'D' THEN NULL ELSE false END -- a constant may have been written 'now'
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relpersistence <> 't' JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.atthasmissing AND a.attnum > 0
+$$;
+
+-- What the script of an extension does is replayed by the statement that ran the script. For ALTER TABLE, the columns are noted
+-- that have a missing value already: on_ddl_end sees to the others.
 CREATE OR REPLACE FUNCTION quorate.on_ddl_start() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-    ddl     jsonb := current_setting('quorate.ddl');
-    context text := ddl ->> 'context';
-    sql     text;
 BEGIN
     IF tg_tag LIKE '%EXTENSION' THEN
         PERFORM set_config('quorate.extension_script', quorate.extension_script(), true);
-        RETURN;
+    ELSIF tg_tag = 'ALTER TABLE' THEN
+        PERFORM set_config('quorate.missing', coalesce((SELECT string_agg(m.id, ',') FROM quorate.missing_values() m), ''), true);
     END IF;
-    IF quorate.in_extension_script() THEN
-        RETURN;
-    END IF;
-    IF tg_tag = 'SELECT INTO' THEN
-        RAISE EXCEPTION USING ERRCODE = '0A000',
-            MESSAGE = 'SELECT INTO is not supported in a Quorate cluster',
-            HINT = 'Use CREATE TABLE … AS.';
-    END IF;
-    sql := quorate.ddl_text(context);
-    IF sql ~* '^\s*create\s+((local|global)\s+)?temp' THEN
-        RETURN;
-    END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, ddl ->> 'path', '[]', (ddl ->> 'role')::name);
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_ddl_end() RETURNS event_trigger
@@ -309,8 +331,14 @@ DECLARE
     n_temp  bigint;
     n_all   bigint;
     n_ours  bigint;
+    tables  jsonb;
+    made    oid;
     s       oid;
+    added   record;
 BEGIN
+    IF tg_tag = 'REINDEX' THEN
+        RETURN; -- it changes nothing that others have
+    END IF;
     IF tg_tag LIKE '%EXTENSION' THEN
         PERFORM set_config('quorate.extension_script', '', true);
         PERFORM quorate.own_sequences();
@@ -329,11 +357,6 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'the schema quorate belongs to the cluster';
     END IF;
     IF n_temp = n_all THEN
-        IF tg_tag = 'CREATE TABLE AS' AND quorate.ddl_text(context) !~* '^\s*create\s+((local|global)\s+)?temp' THEN
-            RAISE EXCEPTION USING ERRCODE = '0A000',
-                MESSAGE = 'a temporary table made by naming pg_temp cannot be told from a permanent one in time',
-                HINT = 'Use CREATE TEMPORARY TABLE … AS.';
-        END IF;
         RETURN;
     END IF;
     FOR s IN
@@ -344,12 +367,42 @@ BEGIN
     LOOP
         PERFORM quorate.own_sequence(s);
     END LOOP;
-    IF tg_tag = 'CREATE TABLE AS' THEN
-        sql := ''; -- on_ddl_start has sent the text; this names the table
-    ELSE
-        sql := quorate.ddl_text(context);
+    IF tg_tag IN ('CREATE TABLE AS', 'SELECT INTO') THEN
+        -- The table's rows stand before this in the stream; capture puts it before them.
+        made := objects[1];
+        PERFORM quorate.emit_ddl(quorate.table_text(made), tg_tag, 'pg_catalog', quorate.affected_tables(tg_tag, '', classes, objects), (ddl ->> 'role')::name, made);
+        RETURN;
     END IF;
-    PERFORM quorate.emit_ddl(sql, tg_tag, ddl ->> 'path', quorate.affected_tables(tg_tag, sql, classes, objects), (ddl ->> 'role')::name);
+    sql := quorate.ddl_text(context);
+    IF tg_tag = 'CREATE TABLE' AND sql ~* '\mlike\M' AND EXISTS (SELECT FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND strpos(lower(sql), lower(relname)) > 0) THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'a table cannot be made LIKE a temporary one',
+            DETAIL = 'Other nodes do not have that.';
+    END IF;
+    tables := quorate.affected_tables(tg_tag, sql, classes, objects);
+    PERFORM quorate.emit_ddl(sql, tg_tag, ddl ->> 'path', tables, (ddl ->> 'role')::name, 0);
+    IF tg_tag <> 'ALTER TABLE' THEN
+        RETURN;
+    END IF;
+    FOR added IN
+        SELECT m.name, m.value, m.of_table, m.differs, c.relreplident = 'f' OR c.relreplident <> 'n' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid
+                   AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END) AS identified
+        FROM quorate.missing_values() m JOIN pg_class c ON c.oid = m.of_table
+        WHERE coalesce(m.differs, sql ~* '\m(now|today|tomorrow|yesterday)\M') AND m.id <> ALL (string_to_array(current_setting('quorate.missing'), ',')) AND pg_relation_size(m.of_table) > 0
+    LOOP
+        IF added.differs IS NULL THEN
+            RAISE EXCEPTION USING ERRCODE = '0A000',
+                MESSAGE = format('column %I has a constant for its default that each node would read as another time', added.name),
+                HINT = 'Write now() or CURRENT_DATE instead.';
+        END IF;
+        IF NOT added.identified THEN
+            RAISE EXCEPTION USING ERRCODE = '0A000',
+                MESSAGE = format('column %I has a default that would give the existing rows other values on each node', added.name),
+                DETAIL = format('Table %s has no primary key by which other nodes could set them right.', added.of_table::regclass),
+                HINT = 'Give the table a primary key, or set its REPLICA IDENTITY to FULL, before.';
+        END IF;
+        PERFORM quorate.emit_ddl(format('UPDATE ONLY %s SET %I = %L', added.of_table::regclass, added.name, added.value), tg_tag, 'pg_catalog', tables, NULL, 0);
+    END LOOP;
 END $$;
 
 CREATE OR REPLACE FUNCTION quorate.on_drop() RETURNS event_trigger
@@ -389,31 +442,48 @@ BEGIN
     IF tg_tag IN ('DROP EXTENSION', 'DROP OWNED') THEN
         tables := NULL;
     END IF;
-    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, ddl ->> 'path', tables, (ddl ->> 'role')::name);
+    PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, ddl ->> 'path', tables, (ddl ->> 'role')::name, 0);
 END $$;
 
--- A default that differs each time it is computed would give every node other rows.
+-- What is computed for each row, and differs each time, would give every node other rows.
 CREATE OR REPLACE FUNCTION quorate.on_rewrite() RETURNS event_trigger
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    col text;
+    id   oid := pg_event_trigger_table_rewrite_oid();
+    why  integer := pg_event_trigger_table_rewrite_reason();
+    col  text;
+    ours integer := age((pg_current_xact_id()::text::bigint & 4294967295)::text::xid); -- what this transaction wrote is no older
 BEGIN
-    IF EXISTS (SELECT FROM pg_class WHERE oid = pg_event_trigger_table_rewrite_oid() AND relpersistence = 't') THEN
+    IF (SELECT relpersistence = 't' FROM pg_class WHERE oid = id) OR quorate.in_extension_script() OR pg_relation_size(id) = 0 THEN
         RETURN;
     END IF;
-    SELECT a.attname INTO col
-      FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum,
-           LATERAL regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id)
-      JOIN pg_proc p ON p.oid = f.id[1]::oid
-     WHERE d.adrelid = pg_event_trigger_table_rewrite_oid() AND p.provolatile = 'v'
-       AND d.xmin::text::bigint >= (pg_current_xact_id()::text::bigint & 4294967295)
-     LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = '0A000',
-            MESSAGE = format('column %I has a volatile default, which would give the existing rows other values on each node', col),
-            HINT = 'Add the column without a default, UPDATE the rows, then set the default.';
+    IF why & 2 <> 0 THEN -- a column was added whose default is computed for each row
+        SELECT a.attname INTO col
+          FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+         WHERE a.attrelid = id AND a.attnum > 0 AND NOT a.attisdropped AND (
+               a.attidentity <> '' AND age(a.xmin) <= ours
+            OR age(d.xmin) <= ours AND EXISTS (SELECT FROM regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id) JOIN pg_proc p ON p.oid = f.id[1]::oid
+                   WHERE p.provolatile = 'v'))
+         LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION USING ERRCODE = '0A000',
+                MESSAGE = format('column %I would get other values in the existing rows on each node: they are computed for each row', col),
+                HINT = 'Add the column without that, UPDATE the rows, then set the default or ADD GENERATED … AS IDENTITY.';
+        END IF;
+    END IF;
+    IF why & 4 <> 0 THEN -- a column's type was changed; the expression of USING is kept nowhere but in the text
+        SELECT f.name[1] INTO col
+          FROM regexp_matches(lower(regexp_replace(current_query(), '''(?:[^'']|'''')*''|--[^\n]*', '', 'g')), '([a-z_][a-z_0-9$]*)"?\s*\(', 'g') AS f(name)
+         WHERE EXISTS (SELECT FROM pg_proc p WHERE p.proname = f.name[1] AND (p.provolatile = 'v' OR p.proname IN ('now', 'transaction_timestamp', 'statement_timestamp')))
+         LIMIT 1;
+        col := coalesce(col, substring(lower(current_query()) FROM '\musing\M.*\m(current_timestamp|current_date|current_time|localtimestamp|localtime|current_user|session_user)\M'));
+        IF col IS NOT NULL THEN
+            RAISE EXCEPTION USING ERRCODE = '0A000',
+                MESSAGE = format('a column cannot be given another type by way of %s, which would give the rows other values on each node', col),
+                HINT = 'Add another column, UPDATE the rows, and exchange the columns'' names.';
+        END IF;
     END IF;
 END $$;
 
@@ -510,14 +580,12 @@ DO $$
 BEGIN
     -- they fire in the order of their names
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_before_ddl_start') THEN
-        CREATE EVENT TRIGGER quorate_before_ddl_start ON ddl_command_start
-            WHEN TAG IN ('CREATE TABLE AS', 'SELECT INTO', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl();
         CREATE EVENT TRIGGER quorate_before_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate.on_ddl();
         CREATE EVENT TRIGGER quorate_before_drop ON sql_drop EXECUTE FUNCTION quorate.on_ddl();
     END IF;
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_start') THEN
         CREATE EVENT TRIGGER quorate_ddl_start ON ddl_command_start
-            WHEN TAG IN ('CREATE TABLE AS', 'SELECT INTO', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl_start();
+            WHEN TAG IN ('ALTER TABLE', 'CREATE EXTENSION', 'ALTER EXTENSION') EXECUTE FUNCTION quorate.on_ddl_start();
     END IF;
     IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_ddl_end') THEN
         CREATE EVENT TRIGGER quorate_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate.on_ddl_end();

@@ -35,6 +35,7 @@ var core = []scenario{
 	{"LocalObjects", localObjects},
 	{"DeliveredEntryEndsIdleTransaction", deliveredEntryEndsIdleTransaction},
 	{"DDL", ddl},
+	{"DDLOfOneNode", ddlOfOneNode},
 }
 
 func TestCore(t *testing.T) {
@@ -628,6 +629,103 @@ func ddl(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	check(t, c.CheckEqual(ctx))
 	on(2, "DROP SCHEMA shop CASCADE")
 	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM pg_namespace WHERE nspname = 'shop'")
+}
+
+// ddlOfOneNode runs definitions that depend on what only one session or node has. Each either comes out alike on all nodes or is
+// refused.
+func ddlOfOneNode(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	conn := gateway(t, ctx, c, 1)
+	on := func(sql string, args ...any) {
+		t.Helper()
+		mode := pgx.QueryExecModeSimpleProtocol
+		if len(args) > 0 {
+			mode = pgx.QueryExecModeExec
+		}
+		if _, err := conn.Exec(ctx, sql, append([]any{mode}, args...)...); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	refused := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol); cluster.SQLState(err) != "0A000" {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+	on("SET client_min_messages = warning")
+	on("DROP SCHEMA IF EXISTS one CASCADE")
+	on("CREATE SCHEMA one")
+	on("CREATE TABLE one.rows (id int PRIMARY KEY, v text COLLATE \"C\")")
+	on("INSERT INTO one.rows SELECT i, 'v' || i FROM generate_series(1, 5) i")
+
+	// Tables made of queries over what only this session has.
+	on("CREATE TEMP TABLE tmp AS SELECT * FROM one.rows WHERE id < 4")
+	on("CREATE TABLE one.of_temporary WITH (fillfactor = 70, toast.autovacuum_enabled = off) AS SELECT *, now() AS at, '{1,2}'::int[] AS \"odd \"\"name\" FROM tmp")
+	on("DO $$ DECLARE least int := 2; BEGIN CREATE TABLE one.of_variable AS SELECT * FROM one.rows WHERE id >= least; END $$")
+	on("CREATE TABLE one.of_parameter AS SELECT id, $1::text AS given FROM one.rows", "x")
+	on("PREPARE query AS SELECT id FROM tmp")
+	on("CREATE TABLE one.of_prepared AS EXECUTE query")
+	on("SELECT id, v INTO one.of_select FROM tmp")
+	on("CREATE TABLE pg_temp.not_shared AS SELECT 1 AS id")
+	on("CREATE TABLE IF NOT EXISTS one.of_select AS SELECT 1 AS other")
+	on("BEGIN")
+	on("CREATE TABLE one.of_block AS SELECT id FROM tmp")
+	on("SAVEPOINT s")
+	on("CREATE TABLE one.never AS SELECT id FROM tmp")
+	on("ROLLBACK TO s")
+	on("INSERT INTO one.of_block VALUES (10)")
+	on("ALTER TABLE one.of_block ADD PRIMARY KEY (id)")
+	on("UPDATE one.of_block SET id = id + 1 WHERE id = 10")
+	on("COMMIT")
+	refused("CREATE TABLE one.like_temporary (LIKE tmp)")
+	refused("EXPLAIN ANALYZE CREATE TABLE one.explained AS SELECT * FROM one.rows")
+	if _, err := conn.Exec(ctx, "DO $$ BEGIN EXECUTE 'EXPLAIN ANALYZE CREATE TABLE one.explained AS SELECT * FROM one.rows'; END $$"); cluster.SQLState(err) != "53000" {
+		t.Errorf("a table was made that no event trigger has seen: %v", err)
+	}
+	everywhere(t, ctx, c, "3,4,5,3,3,4", `SELECT concat_ws(',', (SELECT count(*) FROM one.of_temporary), (SELECT count(*) FROM one.of_variable),
+		(SELECT count(*) FROM one.of_parameter WHERE given = 'x'), (SELECT count(*) FROM one.of_prepared), (SELECT count(*) FROM one.of_select),
+		(SELECT count(*) FROM one.of_block))`)
+	everywhere(t, ctx, c, `{fillfactor=70}|"C"`, `SELECT reloptions::text || '|' || attcollation::regcollation FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid
+		WHERE c.oid = 'one.of_temporary'::regclass AND attname = 'v'`)
+	everywhere(t, ctx, c, int64(7), "SELECT count(*) FROM pg_class WHERE relnamespace = 'one'::regnamespace AND relkind = 'r'")
+
+	// What each node would compute for itself.
+	on("CREATE TABLE one.heir () INHERITS (one.rows)")
+	on("INSERT INTO one.heir VALUES (6, 'v6')")
+	on("ALTER TABLE one.heir ADD PRIMARY KEY (id)")
+	on("ALTER TABLE one.rows ADD COLUMN at timestamptz NOT NULL DEFAULT now(), ADD COLUMN who name DEFAULT session_user, ADD COLUMN n int DEFAULT 3")
+	refused("ALTER TABLE one.rows ADD COLUMN day timestamptz DEFAULT 'now'")
+	on("ALTER TABLE one.rows ADD COLUMN day timestamptz DEFAULT '2001-02-03'")
+	on("UPDATE one.rows SET at = at - interval '1 day', n = 4 WHERE id = 1")
+	on("ALTER TABLE one.rows ALTER n SET DEFAULT extract(second FROM now())") // what is there stays
+	on("ALTER TABLE one.rows ALTER at SET STATISTICS 10")
+	on("ALTER TABLE one.rows ALTER v TYPE varchar(20) USING lower(v)")
+	refused("ALTER TABLE one.of_select ADD COLUMN at timestamptz DEFAULT now()") // no key to find the rows by
+	refused("ALTER TABLE one.rows ADD COLUMN number bigserial")
+	refused("ALTER TABLE one.of_select ADD COLUMN number bigint GENERATED ALWAYS AS IDENTITY")
+	refused("ALTER TABLE one.rows ADD COLUMN random float8 DEFAULT random()")
+	refused("ALTER TABLE one.rows ALTER v TYPE text USING v || now()")
+	refused("ALTER TABLE one.rows ALTER v TYPE text USING v || CURRENT_DATE")
+	refused("ALTER TABLE one.rows ALTER v TYPE text USING random()::text")
+	on("CREATE TABLE one.empty (v text)")
+	on("ALTER TABLE one.empty ADD COLUMN number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, ADD COLUMN random float8 DEFAULT random()")
+	on("INSERT INTO one.empty (v) VALUES ('a')")
+	everywhere(t, ctx, c, "6,1,3", "SELECT concat_ws(',', count(*), count(*) FILTER (WHERE n = 4), max(n) FILTER (WHERE id > 1)) FROM one.rows")
+
+	// What no event trigger sees, where no lexer can.
+	on("REINDEX TABLE one.rows")
+	refused("DO $$ BEGIN CREATE ROLE nobody_else; END $$")
+	refused("DO $$ BEGIN INSERT INTO one.empty (v) VALUES ('b'); ALTER ROLE postgres SET work_mem = '8MB'; END $$")
+	refused(`SELECT "lo_create"(0)`)
+	on("PREPARE large AS SELECT lo_create(0)")
+	refused("EXECUTE large")
+	on(`CREATE FUNCTION one.trapping() RETURNS int LANGUAGE plpgsql AS
+		$$ BEGIN INSERT INTO one.rows VALUES (100); RETURN 1; EXCEPTION WHEN read_only_sql_transaction THEN RETURN 0; END $$`)
+	on("PREPARE trap AS SELECT one.trapping()")
+	on("EXECUTE trap")
+	everywhere(t, ctx, c, int64(1), "SELECT count(*) FROM one.rows WHERE id = 100")
+	everywhere(t, ctx, c, int64(0), "SELECT count(*) FROM pg_largeobject_metadata")
+	check(t, c.CheckEqual(ctx))
+	on("DROP SCHEMA one CASCADE")
 }
 
 func TestSequences(t *testing.T) {

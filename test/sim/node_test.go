@@ -461,7 +461,7 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 			set.Keys = set.Keys[len(set.Keys)-1:] // its mark's
 		}
 		after := time.Duration(rng.IntN(int(500 * time.Microsecond)))
-		i.clients.Go(func() { i.capture(t.GID(), set, after) })
+		i.clients.Go(func() { i.capture(t.Seal(), set, after) })
 	}
 	end := make(chan struct{})
 	defer close(end)
@@ -531,14 +531,14 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 }
 
 // capture decodes what is in the WAL of this incarnation's life of the server.
-func (i *incarnation) capture(gid txn.GID, set *txn.WriteSet, after time.Duration) {
+func (i *incarnation) capture(seal txn.Seal, set *txn.WriteSet, after time.Duration) {
 	time.Sleep(after)
-	if !i.coord.Expecting(gid) || i.ctx.Err() != nil {
+	if !i.coord.Expecting(seal) || i.ctx.Err() != nil {
 		return
 	}
 	i.n.run.reach(i.n, "the marker is captured")
 	if !i.killed() {
-		i.coord.Marked(gid, set, nil, nil)
+		i.coord.Marked(seal.GID, set, nil, nil)
 	}
 }
 

@@ -5,6 +5,8 @@ package coord
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -176,6 +178,7 @@ func (c *Coordinator) BeginAs(ctx context.Context, gid txn.GID, base txn.CSN, pi
 	t := &Transaction{
 		c:        c,
 		gid:      gid,
+		nonce:    newNonce(),
 		base:     min(base, seen),
 		seen:     seen,
 		pid:      pid,
@@ -187,12 +190,18 @@ func (c *Coordinator) BeginAs(ctx context.Context, gid txn.GID, base txn.CSN, pi
 	return t, nil
 }
 
-// Expecting reports whether a session waits for gid's marker.
-func (c *Coordinator) Expecting(gid txn.GID) bool {
+func newNonce() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // it never fails
+	return binary.NativeEndian.Uint64(b[:])
+}
+
+// Expecting reports whether a session waits for a marker under this seal.
+func (c *Coordinator) Expecting(seal txn.Seal) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t := c.open[gid]
-	return t != nil && t.state == registered && !t.lost
+	t := c.open[seal.GID]
+	return t != nil && t.state == registered && !t.lost && t.nonce == seal.Nonce
 }
 
 // Marked takes the write set that belongs to a marker; capture calls it in WAL order. set is nil when the server

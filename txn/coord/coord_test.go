@@ -131,8 +131,11 @@ func someSet() *txn.WriteSet {
 func TestCommitInTurn(t *testing.T) {
 	run(t, func(b bench) {
 		tx := b.begin()
-		if tx.Base() != 11 || tx.Seen() != 12 || !b.Expecting(tx.GID()) {
+		if tx.Base() != 11 || tx.Seen() != 12 || !b.Expecting(tx.Seal()) {
 			b.Fatalf("base %d, seen %d", tx.Base(), tx.Seen())
+		}
+		if forged := (txn.Seal{GID: tx.GID()}); b.Expecting(forged) {
+			b.Error("a seal that somebody made of the GID is expected")
 		}
 		b.mark(tx)
 		p := <-b.order.proposals
@@ -175,7 +178,7 @@ func TestStepsWithoutTheLog(t *testing.T) {
 
 		forgotten := b.begin()
 		forgotten.Close()
-		if b.Expecting(forgotten.GID()) {
+		if b.Expecting(forgotten.Seal()) {
 			b.Error("a closed transaction is expected")
 		}
 		b.mark(forgotten) // late: ignored

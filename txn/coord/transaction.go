@@ -30,6 +30,7 @@ const maxEvents = 8
 type Transaction struct {
 	c          *Coordinator
 	gid        txn.GID
+	nonce      uint64
 	base, seen txn.CSN
 	pid        uint32
 	begun      time.Time
@@ -56,6 +57,9 @@ type Transaction struct {
 
 // GID identifies this attempt.
 func (t *Transaction) GID() txn.GID { return t.gid }
+
+// Seal is what the transaction is sealed and marked with.
+func (t *Transaction) Seal() txn.Seal { return txn.Seal{GID: t.gid, Nonce: t.nonce} }
 
 // Base is the applied CSN before the first snapshot, never past Seen.
 func (t *Transaction) Base() txn.CSN { return t.base }
