@@ -26,9 +26,10 @@ const replicatedTables = `SELECT format('%I.%I', n.nspname, c.relname)
 	WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'quorate')
 	ORDER BY 1`
 
-// The sum of the rows' hashes does not depend on their order, and needs no sorting.
+// The sum of the rows' hashes does not depend on their order, and needs no sorting. t alone would be a column of that name,
+// if there is one; t.* is always the whole row.
 const tableHash = `SELECT count(*), md5(concat(sum(('x' || left(h, 16))::bit(64)::bigint), ':', sum(('x' || right(h, 16))::bit(64)::bigint)))
-	FROM (SELECT md5(t::text) AS h FROM ONLY %s AS t) AS hashes`
+	FROM (SELECT md5((t.*)::text) AS h FROM ONLY %s AS t) AS hashes`
 
 // BeginHash opens a transaction on a connection, which should be used for nothing else afterwards. It has no snapshot yet.
 func BeginHash(ctx context.Context, conn *pgconn.PgConn) error {

@@ -63,4 +63,22 @@ func TestHashTables(t *testing.T) {
 	if empty[1].Rows != 0 || empty[1].Hash == twice[1].Hash || twice[1].Rows != 2 {
 		t.Errorf("no rows: %+v; the same row twice: %+v", empty[1], twice[1])
 	}
+	// A name that the query itself uses means the row, not the column.
+	run(t, conn, `CREATE TABLE shadow (t text, h text, hashes text); INSERT INTO shadow VALUES (NULL, 'a', 'b'); CREATE TABLE bare (); INSERT INTO bare DEFAULT VALUES`)
+	shadowed := hash(begin("SELECT"))
+	if len(shadowed) != 4 || shadowed[1].Name != "public.bare" || shadowed[1].Rows != 1 || shadowed[3].Name != "public.shadow" {
+		t.Fatalf("hashed %+v", shadowed)
+	}
+	for _, change := range []string{`UPDATE shadow SET h = 'c'`, `UPDATE shadow SET h = NULL`, `DELETE FROM shadow`} {
+		run(t, conn, change)
+		got := hash(begin("SELECT"))
+		if got[3].Hash == shadowed[3].Hash {
+			t.Errorf("after %s: %+v, before it %+v", change, got[3], shadowed[3])
+		}
+		shadowed = got
+	}
+	run(t, conn, `DELETE FROM bare`)
+	if got := hash(begin("SELECT")); got[1].Hash == shadowed[1].Hash {
+		t.Errorf("a table without columns: %+v, before its row was deleted %+v", got[1], shadowed[1])
+	}
 }

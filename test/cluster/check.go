@@ -208,7 +208,7 @@ func (c *Cluster) Digest(ctx context.Context, i int) (Digest, error) {
 			// A sum does not depend on the order of rows, and sorting them would take most of the time.
 			err := tx.QueryRow(ctx, `SELECT count(*), coalesce(sum(hashtextextended(row, 0)::numeric), 0)::text || ' ' ||
 				coalesce(sum(hashtextextended(row, 1)::numeric), 0)
-				FROM (SELECT t::text AS row FROM ONLY `+table+` t) AS rows`).Scan(&t.Rows, &t.Hash)
+				FROM (SELECT (t.*)::text AS row FROM ONLY `+table+` t) AS rows`).Scan(&t.Rows, &t.Hash)
 			if err != nil {
 				return fmt.Errorf("table %s: %w", table, err)
 			}
@@ -270,7 +270,7 @@ func (c *Cluster) sampleDifference(ctx context.Context, table string, i int) (st
 			return nil, err
 		}
 		defer closeConn(conn)
-		rows, err := conn.Query(ctx, fmt.Sprintf(`SELECT t::text FROM ONLY %s t ORDER BY t::text COLLATE "C" LIMIT %d`, table, maxRows))
+		rows, err := conn.Query(ctx, fmt.Sprintf(`SELECT (t.*)::text FROM ONLY %s t ORDER BY (t.*)::text COLLATE "C" LIMIT %d`, table, maxRows))
 		if err != nil {
 			return nil, err
 		}
