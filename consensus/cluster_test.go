@@ -33,6 +33,7 @@ type recorder struct {
 	restored int // entries that came by Restore
 	changed  chan struct{}
 	hold     chan struct{} // if not nil, Apply waits until it is closed; set before the first entry
+	needs    txn.LogIndex  // of its snapshots
 }
 
 func newRecorder() *recorder { return &recorder{changed: make(chan struct{})} }
@@ -62,12 +63,17 @@ func (r *recorder) Snapshot() (Snapshot, error) {
 		b = binary.BigEndian.AppendUint32(b, uint32(len(e.Data)))
 		b = append(b, e.Data...)
 	}
-	return recording{bytes.NewReader(b)}, nil
+	return recording{bytes.NewReader(b), r.needs}, nil
 }
 
-type recording struct{ *bytes.Reader }
+type recording struct {
+	*bytes.Reader
+	needs txn.LogIndex
+}
 
 func (recording) Release() {}
+
+func (r recording) Needs() txn.LogIndex { return r.needs }
 
 func (r *recorder) Restore(from io.Reader) error {
 	r.mu.Lock()

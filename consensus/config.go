@@ -80,8 +80,8 @@ type Config struct {
 	TrailingLogs uint64
 	// SnapshotBytes and TrailingBytes bound the same in bytes of entries: a snapshot is taken when so many have come since
 	// the last one, and behind one no more than so many stay, even if they are fewer entries than TrailingLogs. Defaults
-	// 256 MiB and 512 MiB. On disk it is up to a file more, 64 MiB with LogStoreWAL. What the machine has not taken yet
-	// always stays.
+	// 256 MiB and 512 MiB. On disk it is up to a file more, 64 MiB with LogStoreWAL. What the machine has not taken yet,
+	// and what a snapshot needs, always stays.
 	SnapshotBytes uint64
 	TrailingBytes uint64
 

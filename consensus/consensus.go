@@ -47,8 +47,12 @@ type Machine interface {
 	Restore(r io.Reader) error
 }
 
-// Snapshot is a captured state. The log up to it may be forgotten once it is written.
+// Snapshot is a captured state. The log up to it, but for what it Needs, may be forgotten once it is written.
 type Snapshot interface {
+	// Needs is the lowest index of an entry that the snapshot covers and that the machine may still read by Entry when it
+	// goes on from the snapshot; 0: none. The log is kept from there on until a later snapshot is written. A node that is
+	// sent the snapshot because it has no log does not get those entries.
+	Needs() txn.LogIndex
 	// WriteTo may run beside Apply, and may block until what the snapshot covers is durable elsewhere.
 	WriteTo(w io.Writer) (int64, error)
 	// Release ends the snapshot, written or not.

@@ -40,8 +40,9 @@ type feed struct {
 	// configured is told each committed configuration, restored where to find the one that a restored snapshot has.
 	configured func(index uint64, servers []raft.Server)
 	restored   func() (index uint64, servers []raft.Server, err error)
-	// written is told the index of each snapshot that is written, before Raft truncates the log behind it.
-	written func(index uint64)
+	// written is told the index of each snapshot that is written, and what it needs of the log before it, before Raft
+	// truncates the log behind it.
+	written func(index, needs uint64)
 	// latest opens the newest snapshot and tells its index; nil if there is none.
 	latest func() (uint64, io.ReadCloser, error)
 
@@ -321,7 +322,7 @@ const snapshotHeader = 16
 type persisted struct {
 	of       Snapshot
 	index    uint64
-	written  func(index uint64)
+	written  func(index, needs uint64)
 	released func()
 }
 
@@ -333,7 +334,7 @@ func (p *persisted) Persist(sink raft.SnapshotSink) error {
 	if _, err := p.of.WriteTo(sink); err != nil {
 		return fmt.Errorf("write snapshot at %d: %w", p.index, err)
 	}
-	p.written(p.index)
+	p.written(p.index, uint64(p.of.Needs()))
 	return nil
 }
 

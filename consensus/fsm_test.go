@@ -17,7 +17,7 @@ func newTestFeed(t *testing.T, m Machine) (*feed, *raft.InmemStore) {
 	log := raft.NewInmemStore()
 	f := newFeed(m)
 	f.read, f.fail, f.committed = log.GetLog, func(err error) { t.Error(err) }, func(uint64, txn.LogIndex) {}
-	f.written = func(uint64) {}
+	f.written = func(uint64, uint64) {}
 	f.configured = func(uint64, []raft.Server) {}
 	f.restored = func() (uint64, []raft.Server, error) { return 0, nil, nil }
 	var running sync.WaitGroup

@@ -159,6 +159,8 @@ type logCache struct {
 	raft.LogStore
 	onStored func(index, term uint64)
 	sizes    *logSizes
+	// needed is the first entry that the newest snapshot needs beside it; 0: none.
+	needed atomic.Uint64
 
 	mu     sync.RWMutex
 	ring   [cacheEntries]*raft.Log
@@ -234,7 +236,14 @@ func (c *logCache) clearLocked() {
 	c.lo, c.hi, c.bytes = 1, 0, 0
 }
 
+// DeleteRange implements raft.LogStore. Of a prefix it leaves what is needed: Raft truncates by a number of entries behind
+// the last, and would not know while more are appended. A suffix is never needed, since no snapshot covers it.
 func (c *logCache) DeleteRange(min, max uint64) error {
+	if needed := c.needed.Load(); min <= needed && needed <= max {
+		if max = needed - 1; max < min {
+			return nil
+		}
+	}
 	c.mu.Lock()
 	if min <= c.hi && c.lo <= max {
 		c.clearLocked()

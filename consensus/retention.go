@@ -139,8 +139,9 @@ func (c *Consensus) measureLog() error {
 }
 
 // retain is called when a snapshot is written and Raft is about to truncate the log behind it: by as many entries as
-// both bounds allow to stay.
-func (c *Consensus) retain(snapshot uint64) {
+// both bounds allow to stay, but not past what the snapshot needs.
+func (c *Consensus) retain(snapshot, needs uint64) {
+	c.stores.log.needed.Store(needs)
 	c.stores.log.sizes.covered(snapshot)
 	c.reload(func(r *raft.ReloadableConfig) {
 		r.TrailingLogs = min(c.config.TrailingLogs, c.stores.log.sizes.newest(c.config.TrailingBytes))

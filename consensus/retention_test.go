@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/quorate/quorate/txn"
 )
 
 // The counts are those of what is in the log, whatever is done to it.
@@ -114,5 +116,55 @@ func TestLogIsBoundedInBytes(t *testing.T) {
 	awaitKept("of small ones", func(_, entries uint64) bool { return entries <= 20 })
 	if len(tc.nodes[0].machine.awaitCount(t, 140)) != 140 {
 		t.Error("entries were lost")
+	}
+}
+
+// What a snapshot needs beside it stays in the log, while entries come and across a restart, and goes with a later snapshot
+// that does not need it any more.
+func TestLogKeepsWhatASnapshotNeeds(t *testing.T) {
+	for _, store := range []string{LogStoreWAL, LogStoreBoltDB} {
+		t.Run(store, func(t *testing.T) {
+			tc := newCluster(t, 1, func(c *Config) { c.TrailingLogs, c.LogStore, c.walSegment = 5, store, 4<<10 })
+			tc.leader()
+			propose := func(n int) {
+				for range n {
+					tc.propose(0, string(make([]byte, 1<<10)))
+				}
+			}
+			snapshot := func(needs txn.LogIndex) {
+				t.Helper()
+				m := tc.nodes[0].machine
+				m.mu.Lock()
+				m.needs = needs
+				m.mu.Unlock()
+				if err := tc.nodes[0].c.TakeSnapshot(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			begins := func(what string, want func(first uint64) bool) {
+				t.Helper()
+				first, err := tc.nodes[0].c.stores.log.FirstIndex()
+				_, entries, _ := tc.nodes[0].c.stores.log.sizes.read()
+				last := uint64(tc.nodes[0].c.Status().LastIndex)
+				if err != nil || !want(first) || first+entries != last+1 {
+					t.Errorf("%s: the log begins at %d (%v) and %d entries up to %d are counted", what, first, err, entries, last)
+				}
+			}
+			propose(50)
+			snapshot(20)
+			begins("needed from 20 on", func(first uint64) bool { return first == 20 })
+			propose(50)
+			snapshot(20) // nothing may be removed
+			begins("still needed", func(first uint64) bool { return first == 20 })
+			tc.stop(0)
+			tc.start(0)
+			tc.leader()
+			if data, err := tc.nodes[0].c.Entry(20); err != nil || len(data) != 1<<10 {
+				t.Errorf("entry 20 after a restart: %d bytes, %v", len(data), err)
+			}
+			propose(50)
+			snapshot(0)
+			begins("not needed any more", func(first uint64) bool { return first > 100 })
+		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,6 +27,7 @@ import (
 	"github.com/quorate/quorate/replication/clone"
 	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
 // ErrReopen ends a node that goes on as another one: its data directory says as which. Open it again.
@@ -159,6 +161,10 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 	if err := n.awaitAdmission(ctx, o); err != nil {
 		return nil, err
 	}
+	abort := func(gid txn.GID) error { return n.abortUnfinished(ctx, o.machine, gid) }
+	if err := awaitReadable(ctx, o.machine, unreadablePatience, n.readable, abort); err != nil {
+		return nil, err
+	}
 	member, _ := o.machine.Membership().Find(n.cfg.Node)
 	if member.Slot == replication.NoSlot {
 		return nil, fmt.Errorf("node %s was admitted as a witness, and role is %s: %w", n.cfg.Node, n.cfg.Role, errRole)
@@ -185,6 +191,53 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 	}
 	n.states.set(stateCatchingUp, "the node has a copy, and begins to follow the log")
 	return n.reopen(ctx, waits)
+}
+
+// unreadablePatience is how long a node that joins leaves large transactions to end by themselves.
+const unreadablePatience = time.Minute
+
+// awaitReadable waits until the log here holds all that is still to be decided. It begins behind the snapshot that the
+// leader has sent, and so may lack the first parts of large transactions that were unfinished there. They must be decided
+// before the copy is made, which then has them. What does not end within patience, because its origin is gone say, is aborted.
+func awaitReadable(ctx context.Context, m *replication.Machine, patience time.Duration, readable func(txn.LogIndex) bool, abort func(txn.GID) error) error {
+	waiting, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		at, first := m.Unfinished()
+		maps.DeleteFunc(first, func(_ txn.GID, index txn.LogIndex) bool { return readable(index) })
+		if len(first) == 0 {
+			return nil
+		}
+		if m.WaitFor(waiting, at+1) == nil {
+			continue
+		}
+		for gid := range first {
+			if err := abort(gid); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// readable reports whether the log here has an entry.
+func (n *Node) readable(index txn.LogIndex) bool {
+	_, err := n.part(index)
+	return err == nil
+}
+
+// abortUnfinished has the log say that nothing comes of gid. An error is ctx's.
+func (n *Node) abortUnfinished(ctx context.Context, m *replication.Machine, gid txn.GID) error {
+	n.log.Warn("a large transaction stays unfinished, and keeps this node from joining: it is aborted", logkey.GID, gid)
+	for {
+		index, err := n.consensus.Load().Propose(ctx, codec.AppendAbort(nil, codec.Abort{GID: gid, Reason: txn.AbortRequested}))
+		if err == nil {
+			return m.WaitFor(ctx, index)
+		}
+		n.log.Info("abort a large transaction", logkey.GID, gid, logkey.Error, err)
+		if err := n.awaitLeader(ctx); err != nil {
+			return err
+		}
+	}
 }
 
 // errRole: the node's configuration is not what it was admitted as.

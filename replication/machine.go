@@ -5,10 +5,10 @@ package replication
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -48,9 +48,13 @@ type Config struct {
 	Fail func(error)
 }
 
-// chunkLifetime is how many entries a large transaction may stay unfinished after its last chunk. Then its chunks are
-// forgotten, and with them the transaction aborts: the log must not be kept for ever for an origin that died.
-const chunkLifetime txn.LogIndex = 1 << 20
+// A large transaction may stay unfinished for so many entries, and bytes of entries, after its latest chunk. Then its
+// chunks are forgotten, and if its end comes all the same it aborts: the log must not be kept for ever for an origin that
+// died or was cut off. Both are far more than others write in the time that an origin has for its next part.
+const (
+	chunkLifetime      txn.LogIndex = 1 << 16
+	chunkLifetimeBytes              = 256 << 20
+)
 
 // Machine is the state that the log determines. Apply, Snapshot and Restore are called by one goroutine; the other
 // methods are safe for concurrent use.
@@ -69,9 +73,14 @@ type Machine struct {
 	advanced     chan struct{} // closed when index has grown, if somebody waits for that
 }
 
+// chunkList is where the parts of an unfinished transaction are. Only the log has what is in them, so it is kept from the
+// first part on: see Snapshot.Needs.
 type chunkList struct {
-	Indexes []txn.LogIndex `json:"indexes"` // of parts 0, 1, 2 …
+	Indexes []txn.LogIndex `json:"indexes"` // of parts 0, 1, 2 …; at least one
+	Waited  uint64         `json:"waited"`  // bytes of the entries since the latest part
 }
+
+func (l *chunkList) latest() txn.LogIndex { return l.Indexes[len(l.Indexes)-1] }
 
 // New returns an empty machine.
 func New(cfg Config) *Machine {
@@ -93,6 +102,7 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 		return
 	}
 	m.mu.Lock()
+	m.expireChunks(index, uint64(len(data)))
 	decisions := m.decide(index, entry)
 	change, changed := m.change(entry)
 	announced := entry.Member != nil && m.members.is(entry.Member.Node)
@@ -242,14 +252,31 @@ func (m *Machine) addChunk(index txn.LogIndex, chunk codec.Chunk) {
 	list := m.chunks[chunk.GID]
 	if list == nil {
 		list = &chunkList{}
-		m.chunks[chunk.GID] = list
 	}
 	if chunk.Part == uint32(len(list.Indexes)) {
-		list.Indexes = append(list.Indexes, index)
+		list.Indexes, list.Waited = append(list.Indexes, index), 0
+		m.chunks[chunk.GID] = list
 	}
+}
+
+// expireChunks forgets what has been unfinished for too long, when an entry of so many bytes comes. Called with mu held.
+func (m *Machine) expireChunks(index txn.LogIndex, size uint64) {
 	maps.DeleteFunc(m.chunks, func(_ txn.GID, l *chunkList) bool {
-		return len(l.Indexes) == 0 || l.Indexes[len(l.Indexes)-1]+chunkLifetime < index
+		l.Waited += size
+		return index-l.latest() > chunkLifetime || l.Waited > chunkLifetimeBytes
 	})
+}
+
+// Unfinished returns the large transactions whose chunks are in the log and whose end is not, each with the index of its
+// first chunk, and the index up to which that is so.
+func (m *Machine) Unfinished() (at txn.LogIndex, first map[txn.GID]txn.LogIndex) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	first = make(map[txn.GID]txn.LogIndex, len(m.chunks))
+	for gid, l := range m.chunks {
+		first[gid] = l.Indexes[0]
+	}
+	return m.index, first
 }
 
 // addMember records an announcement. The member's earlier incarnations are dead: what they left unfinished is dropped.
@@ -298,16 +325,18 @@ func (m *Machine) Admitted(request txn.UUID) txn.NodeID {
 	return m.members.find(request)
 }
 
-// ErrUnfinished: no snapshot can be taken while a large transaction's chunks are in the log but its end is not.
-var ErrUnfinished = errors.New("a large transaction is unfinished")
-
 // Snapshot is a consistent copy of a Machine's state.
 type Snapshot struct {
 	durable func(txn.CSN) error
 	csn     txn.CSN
+	needs   txn.LogIndex
 	header  []byte
 	state   io.WriterTo
 }
+
+// Needs is the lowest index of an entry that the snapshot covers and that is needed beside it, 0 if there is none: the
+// first chunk of the large transactions that are unfinished.
+func (s *Snapshot) Needs() txn.LogIndex { return s.needs }
 
 type header struct {
 	Index   txn.LogIndex `json:"index"`
@@ -320,30 +349,46 @@ type header struct {
 	Tokens     []codec.Token `json:"tokens,omitempty"`
 	// Reserved came with members that take the place of others.
 	Reserved reservations `json:"reserved,omitempty"`
+	// Unfinished is in the order of the log. Earlier, no snapshot was taken while there were any.
+	Unfinished []unfinished `json:"unfinished,omitempty"`
+}
+
+type unfinished struct {
+	GID txn.GID `json:"gid"`
+	chunkList
 }
 
 // magic begins a snapshot; its last byte is the version.
 var magic = []byte("quorate snapshot\x01")
 
-// Snapshot copies the state. It fails with ErrUnfinished when it cannot be taken now.
+// Snapshot copies the state.
 func (m *Machine) Snapshot() (*Snapshot, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.chunks) > 0 {
-		return nil, ErrUnfinished
+	open := make([]unfinished, 0, len(m.chunks))
+	for gid, l := range m.chunks {
+		open = append(open, unfinished{gid, *l})
+	}
+	slices.SortFunc(open, func(a, b unfinished) int { return cmp.Compare(a.Indexes[0], b.Indexes[0]) })
+	var needs txn.LogIndex
+	if len(open) > 0 {
+		needs = open[0].Indexes[0]
 	}
 	h, err := json.Marshal(header{
 		Index: m.index, CSN: m.certifier.LastCSN(), Members: m.members.list(), Membership: m.members.state(), Outcomes: m.outcomes.encode(),
-		Tokens: m.tokens.list(), Reserved: m.reservations,
+		Tokens: m.tokens.list(), Reserved: m.reservations, Unfinished: open,
 	})
+	if err == nil && len(h) > maxHeader {
+		err = fmt.Errorf("%d bytes are more than can be read again", len(h))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("encode snapshot header: %w", err)
 	}
-	return &Snapshot{durable: m.cfg.Durable, csn: m.certifier.LastCSN(), header: h, state: m.certifier.Snapshot()}, nil
+	return &Snapshot{durable: m.cfg.Durable, csn: m.certifier.LastCSN(), needs: needs, header: h, state: m.certifier.Snapshot()}, nil
 }
 
-// WriteTo waits until PostgreSQL holds durably what the snapshot covers (the log up to it may be truncated
-// afterwards), then writes the snapshot.
+// WriteTo waits until PostgreSQL holds durably what the snapshot covers (the log up to it, or to what it Needs, may be
+// truncated afterwards), then writes the snapshot.
 func (s *Snapshot) WriteTo(w io.Writer) (int64, error) {
 	if err := s.durable(s.csn); err != nil {
 		return 0, fmt.Errorf("make CSN %d durable: %w", s.csn, err)
@@ -399,6 +444,12 @@ func (m *Machine) Restore(r io.Reader) error {
 	}
 	m.setIndex(h.Index)
 	m.chunks = make(map[txn.GID]*chunkList)
+	for _, u := range h.Unfinished {
+		if m.chunks[u.GID] != nil || len(u.Indexes) == 0 || !slices.IsSorted(u.Indexes) || u.latest() > h.Index {
+			return fmt.Errorf("read unfinished transactions: %w", txn.ErrCorrupt)
+		}
+		m.chunks[u.GID] = &u.chunkList
+	}
 	if !m.members.restore(h.Members, h.Membership) {
 		return fmt.Errorf("read members: %w", txn.ErrCorrupt)
 	}

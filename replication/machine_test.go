@@ -104,8 +104,8 @@ func TestChunks(t *testing.T) {
 	r.entry(chunk(whole.GID, 0))
 	r.entry(chunk(whole.GID, 0)) // proposed twice
 	r.entry(chunk(whole.GID, 1))
-	if _, err := r.Snapshot(); !errors.Is(err, ErrUnfinished) {
-		t.Errorf("snapshot over open chunks: %v", err)
+	if s, err := r.Snapshot(); err != nil || s.Needs() != 1 {
+		t.Errorf("snapshot over open chunks: needs the log from %d on, %v", s.Needs(), err)
 	}
 	r.entry(transactions(whole))
 	if d := r.last(); !d.Verdict.Commits() || !slices.Equal(d.Chunks, []txn.LogIndex{1, 3}) {
@@ -130,9 +130,84 @@ func TestChunks(t *testing.T) {
 	if d := r.last(); d.Verdict.Reason != txn.AbortRequested {
 		t.Errorf("after Abort: %+v", d.Verdict)
 	}
-	if _, err := r.Snapshot(); err != nil {
-		t.Errorf("nothing is open: %v", err)
+	if s, err := r.Snapshot(); err != nil || s.Needs() != 0 {
+		t.Errorf("nothing is open: needs the log from %d on, %v", s.Needs(), err)
 	}
+}
+
+// What an origin leaves unfinished is forgotten, by entries and by bytes, whatever kind of entry comes, and alike on a node
+// that was restored meanwhile. If its end comes late it aborts; a part in time gives it time again.
+func TestUnfinishedExpires(t *testing.T) {
+	horizon := codec.AppendHorizon(nil, 0)
+	large := codec.AppendChunk(nil, &codec.Chunk{GID: gid(2, 9), Part: 7, Data: make([]byte, 3<<20)}) // of nobody here
+	several := func(r *recorder, n int) {
+		for range n {
+			r.entry(large)
+		}
+	}
+	for name, by := range map[string]struct{ little, almost, over func(*recorder) }{
+		"entries": {
+			little: func(r *recorder) { r.entry(horizon) },
+			almost: func(r *recorder) { r.index += chunkLifetime - 3; r.entry(horizon) },
+			over:   func(r *recorder) { r.index += chunkLifetime; r.entry(horizon) },
+		},
+		"bytes": {
+			little: func(r *recorder) { several(r, 1) },
+			almost: func(r *recorder) { several(r, chunkLifetimeBytes/len(large)) },
+			over:   func(r *recorder) { several(r, chunkLifetimeBytes/len(large)+1) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, copied := newRecorder(), newRecorder()
+			late, again := set(gid(1, 1), 0, 1), set(gid(1, 2), 0, 2)
+			late.Chunks, again.Chunks = 1, 2
+			r.entry(chunk(late.GID, 0))
+			by.little(r)
+			r.entry(chunk(again.GID, 0))
+			by.almost(r)
+			copied.restoreFrom(t, r)
+			for _, x := range []*recorder{r, copied} {
+				x.entry(chunk(again.GID, 1))
+				if _, first := x.Unfinished(); len(first) != 1 || first[again.GID] != 3 {
+					t.Errorf("a life after the first parts: unfinished %v", first)
+				}
+				by.almost(x)
+				x.entry(transactions(again))
+				if d := x.last(); !d.Verdict.Commits() || d.Chunks[0] != 3 {
+					t.Errorf("parts and end in time: %+v", d)
+				}
+				x.entry(transactions(late))
+				if d := x.last(); d.Verdict.Reason != txn.AbortRequested {
+					t.Errorf("an end that is late: %+v", d.Verdict)
+				}
+				x.entry(chunk(gid(1, 3), 0))
+				by.over(x)
+				if s, err := x.Snapshot(); err != nil || s.Needs() != 0 {
+					t.Errorf("expired: needs the log from %d on, %v", s.Needs(), err)
+				}
+			}
+			if digest(r) != digest(copied) {
+				t.Error("a node that was restored decides otherwise")
+			}
+		})
+	}
+}
+
+// restoreFrom makes r a copy of another machine, by a snapshot.
+func (r *recorder) restoreFrom(t interface{ Fatal(...any) }, from *recorder) []byte {
+	s, err := from.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var image bytes.Buffer
+	if n, err := s.WriteTo(&image); err != nil || n != int64(image.Len()) {
+		t.Fatal("wrote", n, "of", image.Len(), err)
+	}
+	if err := r.Restore(bytes.NewReader(image.Bytes())); err != nil {
+		t.Fatal(err)
+	}
+	r.index = from.index
+	return image.Bytes()
 }
 
 func TestUnreadableEntryStopsTheNode(t *testing.T) {
@@ -185,7 +260,7 @@ func TestSnapshotAnywhere(t *testing.T) {
 			case "remove":
 				log = append(log, codec.AppendRemove(nil, codec.Remove{Node: txn.NodeID(node)}))
 			case "member":
-				log = append(log, codec.AppendMember(nil, &codec.Member{Node: txn.NodeID(node), Incarnation: 1}))
+				log = append(log, codec.AppendMember(nil, &codec.Member{Node: txn.NodeID(node), Incarnation: rapid.SampledFrom([]uint64{1, 1, 1, 2}).Draw(t, "incarnation")}))
 			}
 			whole.entry(log[len(log)-1])
 		}
@@ -194,21 +269,7 @@ func TestSnapshotAnywhere(t *testing.T) {
 		for _, e := range log[:cut] {
 			first.entry(e)
 		}
-		s, err := first.Snapshot()
-		if errors.Is(err, ErrUnfinished) {
-			return
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		var image bytes.Buffer
-		if n, err := s.WriteTo(&image); err != nil || n != int64(image.Len()) {
-			t.Fatalf("wrote %d of %d: %v", n, image.Len(), err)
-		}
-		if err := second.Restore(bytes.NewReader(image.Bytes())); err != nil {
-			t.Fatal(err)
-		}
-		second.index = first.index
+		image := second.restoreFrom(t, first)
 		for _, e := range log[cut:] {
 			second.entry(e)
 		}
@@ -226,13 +287,13 @@ func TestSnapshotAnywhere(t *testing.T) {
 		}
 		tail := whole.decisions[len(whole.decisions)-len(second.decisions):]
 		for i, d := range second.decisions {
-			if d.Verdict != tail[i].Verdict || d.Set.GID != tail[i].Set.GID {
-				t.Fatalf("decision %d: %+v, want %+v", i, d.Verdict, tail[i].Verdict)
+			if d.Verdict != tail[i].Verdict || d.Set.GID != tail[i].Set.GID || !slices.Equal(d.Chunks, tail[i].Chunks) {
+				t.Fatalf("decision %d: %+v, want %+v", i, d, tail[i])
 			}
 		}
 		// damage is found
-		if len(image.Bytes()) > 0 {
-			damaged := slices.Clone(image.Bytes())
+		if len(image) > 0 {
+			damaged := slices.Clone(image)
 			damaged[rapid.IntRange(0, len(damaged)-1).Draw(t, "at")] ^= 0x40
 			if err := newRecorder().Restore(bytes.NewReader(damaged)); err == nil {
 				t.Fatal("a damaged snapshot was accepted")

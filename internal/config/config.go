@@ -153,7 +153,8 @@ type Limits struct {
 	ApplyMemory       Size `yaml:"apply_memory,omitempty"`
 	// Log is how much of the Raft log is kept, beyond what is needed here, for members that are away. One that has been away
 	// for more than this is cloned. Default 512MiB, at least 1MiB. On disk it may be a file more, 64 MiB, and as much as has
-	// come since the last snapshot, which is taken when that is half of it.
+	// come since the last snapshot, which is taken when that is half of it. A large transaction that is being ordered stays
+	// whole, and if its end does not come, 256 MiB of what others write behind its latest part.
 	Log Size `yaml:"log,omitempty"`
 	// Lag is how many transactions an active member may be behind before commits on this node are slowed, by up to a quarter
 	// of a second each; at twice as many they wait. Default 8192, at least 16.
