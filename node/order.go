@@ -148,9 +148,13 @@ func (c coordinator) Begin(ctx context.Context, gid txn.GID, base txn.CSN, pid u
 }
 
 // TransactionStatus asks the log. If the log has no word on gid yet, the question puts one there: an Abort entry, so that
-// what is answered stays true. It is in doubt only as long as the log cannot be asked.
+// what is answered stays true. It is in doubt as long as the log cannot be asked, or does not take the question because too
+// many have been about what its origin has not proposed.
 func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string {
 	i, log := c.n.current.Load(), c.n.consensus.Load()
+	if gid.Node == c.n.cfg.Node && gid.Incarnation == i.id && !i.coord.GaveOut(gid) {
+		return gateway.StatusUnknown // an Abort would meet whoever gets it
+	}
 	steps := []func() (txn.LogIndex, error){
 		func() (txn.LogIndex, error) { return 0, nil }, // what this node knows may be enough
 		func() (txn.LogIndex, error) { return log.ReadIndex(ctx) },
@@ -158,6 +162,7 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 			return log.Propose(ctx, codec.AppendAbort(nil, codec.Abort{GID: gid, Reason: txn.AbortRequested}))
 		},
 	}
+	outcome := replication.Forgotten
 	for n, step := range steps {
 		index, err := step()
 		if err == nil {
@@ -167,7 +172,7 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 			i.n.log.Info("the outcome of a transaction cannot be known now", logkey.GID, gid, logkey.Error, err)
 			return gateway.StatusInDoubt
 		}
-		switch outcome := i.machine.Outcome(gid); {
+		switch outcome = i.machine.Outcome(gid); {
 		case outcome == replication.Committed:
 			// Whoever hears of it should find it here. If that takes too long it is true all the same.
 			if err := i.pipeline.WaitFor(ctx, i.machine.LastCSN()); err != nil {
@@ -179,6 +184,10 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 		case outcome == replication.Forgotten && n > 0:
 			return gateway.StatusUnknown
 		}
+	}
+	if outcome == replication.Undecided {
+		i.n.log.Warn("the outcome of a transaction is not settled: too many questions about transactions that are still to come", logkey.GID, gid)
+		return gateway.StatusInDoubt
 	}
 	return gateway.StatusUnknown // forgotten between the last two steps
 }

@@ -136,9 +136,7 @@ func (m *Machine) decide(index txn.LogIndex, entry codec.Entry) []Decision {
 	case codec.KindChunk:
 		m.addChunk(index, *entry.Chunk)
 	case codec.KindAbort:
-		m.certifier.Abort(entry.Abort.GID)
-		m.outcomes.add(entry.Abort.GID, false)
-		delete(m.chunks, entry.Abort.GID)
+		m.abort(entry.Abort.GID)
 	case codec.KindMember:
 		m.addMember(*entry.Member)
 	case codec.KindHorizon:
@@ -172,6 +170,7 @@ func (m *Machine) change(entry codec.Entry) (c Change, ok bool) {
 	for _, id := range c.Removed {
 		// Nothing of it is decided from here on.
 		maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool { return gid.Node == id })
+		m.outcomes.bury(id, 0)
 	}
 	return c, ok
 }
@@ -198,6 +197,19 @@ func (m *Machine) decideOne(index txn.LogIndex, set *txn.WriteSet) Decision {
 	d.Verdict = m.certifier.Decide(set)
 	m.outcomes.add(set.GID, d.Verdict.Commits())
 	return d
+}
+
+// abort takes an Abort. Anybody may ask for one, of any GID, as long as its origin may propose it still.
+func (m *Machine) abort(gid txn.GID) {
+	origin := m.members.all[gid.Node]
+	switch {
+	case m.chunks[gid] != nil || origin == nil || origin.Incarnation != gid.Incarnation:
+		m.outcomes.add(gid, false)
+	case !m.outcomes.ask(gid):
+		return // it stays undecided, and whoever asks is told so
+	}
+	m.certifier.Abort(gid)
+	delete(m.chunks, gid)
 }
 
 func (m *Machine) abortUndecided(gid txn.GID) {
@@ -285,6 +297,7 @@ func (m *Machine) addMember(member codec.Member) {
 		return
 	}
 	m.outcomes.begin(member.Node, member.Incarnation)
+	m.outcomes.bury(member.Node, member.Incarnation)
 	maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool {
 		return gid.Node == member.Node && gid.Incarnation != member.Incarnation
 	})
@@ -344,6 +357,8 @@ type header struct {
 	Members []Member     `json:"members"`
 	// Outcomes came later: a snapshot without begins to remember.
 	Outcomes []byte `json:"outcomes,omitempty"`
+	// Asked is what of them is not in Outcomes.
+	Asked []txn.GID `json:"asked,omitempty"`
 	// Membership came later: a snapshot without is of a log that has not founded the cluster yet.
 	Membership *membersState `json:"membership,omitempty"`
 	Tokens     []codec.Token `json:"tokens,omitempty"`
@@ -376,7 +391,7 @@ func (m *Machine) Snapshot() (*Snapshot, error) {
 	}
 	h, err := json.Marshal(header{
 		Index: m.index, CSN: m.certifier.LastCSN(), Members: m.members.list(), Membership: m.members.state(), Outcomes: m.outcomes.encode(),
-		Tokens: m.tokens.list(), Reserved: m.reservations, Unfinished: open,
+		Asked: m.outcomes.asked(), Tokens: m.tokens.list(), Reserved: m.reservations, Unfinished: open,
 	})
 	if err == nil && len(h) > maxHeader {
 		err = fmt.Errorf("%d bytes are more than can be read again", len(h))
@@ -410,7 +425,8 @@ func (s *Snapshot) WriteTo(w io.Writer) (int64, error) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// maxHeader leaves room for a page of outcomes, 27 bytes in most cases, for each of keptOutcomes.
+// maxHeader leaves room for a page of outcomes, 27 bytes in most cases, for each of keptOutcomes, and for maxAsked GIDs, 75
+// bytes, of each node.
 const maxHeader = 64 << 20
 
 // Restore replaces the state. An error leaves the machine unusable.
@@ -439,7 +455,7 @@ func (m *Machine) Restore(r io.Reader) error {
 	if err := m.certifier.Restore(r); err != nil {
 		return fmt.Errorf("restore certifier: %w", err)
 	}
-	if err := m.outcomes.decode(h.Outcomes); err != nil {
+	if err := m.outcomes.decode(h.Outcomes, h.Asked); err != nil {
 		return err
 	}
 	m.setIndex(h.Index)

@@ -232,7 +232,7 @@ func TestSnapshotAnywhere(t *testing.T) {
 			node := rapid.IntRange(1, 3).Draw(t, "node")
 			next[node]++
 			g := gid(node, next[node])
-			switch rapid.SampledFrom([]string{"batch", "batch", "batch", "chunked", "abort", "horizon", "member", "found", "admit", "remove"}).Draw(t, "kind") {
+			switch rapid.SampledFrom([]string{"batch", "batch", "batch", "chunked", "abort", "asked", "horizon", "member", "found", "admit", "remove"}).Draw(t, "kind") {
 			case "batch":
 				var sets []*txn.WriteSet
 				for range rapid.IntRange(1, 4).Draw(t, "size") {
@@ -251,6 +251,9 @@ func TestSnapshotAnywhere(t *testing.T) {
 			case "abort":
 				log = append(log, codec.AppendAbort(nil, codec.Abort{GID: g, Reason: txn.AbortRequested}), transactions(set(g, whole.LastCSN(), 1)))
 				whole.entry(log[len(log)-2])
+			case "asked":
+				far := gid(node, next[node]+rapid.IntRange(0, 200).Draw(t, "ahead"))
+				log = append(log, codec.AppendAbort(nil, codec.Abort{GID: far, Reason: txn.AbortRequested}))
 			case "horizon":
 				log = append(log, codec.AppendHorizon(nil, whole.LastCSN()/2+1))
 			case "found":
@@ -276,7 +279,7 @@ func TestSnapshotAnywhere(t *testing.T) {
 		if _, d := second.Digest(); second.LastCSN() != whole.LastCSN() || d != digest(whole) {
 			t.Fatalf("last CSN %d, want %d; digest %x, want %x", second.LastCSN(), whole.LastCSN(), d, digest(whole))
 		}
-		if !bytes.Equal(second.outcomes.encode(), whole.outcomes.encode()) {
+		if !bytes.Equal(second.outcomes.encode(), whole.outcomes.encode()) || !slices.Equal(second.outcomes.asked(), whole.outcomes.asked()) {
 			t.Fatal("other outcomes are remembered")
 		}
 		if got, want := second.Membership(), whole.Membership(); !reflect.DeepEqual(got, want) {

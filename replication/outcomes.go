@@ -37,9 +37,21 @@ type outcomes struct {
 	count int
 	pages map[pageName]*list.Element
 	used  list.List // of *outcomePage, the one with the newest decision last
-	// incarnations has all that were ever heard of, with the highest sequence number that may have been forgotten.
-	incarnations map[incarnation]uint64
+	// incarnations has all that were ever heard of.
+	incarnations map[incarnation]*span
 }
+
+// span is what is known of an incarnation's sequence numbers, beside the pages.
+type span struct {
+	forgotten uint64 // the highest that may have been decided and forgotten, never above highest
+	highest   uint64 // the highest in a page, now or earlier
+	// asked are those above highest that somebody has been told are aborted, ascending. Clients may ask about any number, so
+	// that it says nothing of how far the incarnation is. When that comes to them they get into pages, which are forgotten.
+	asked []uint64
+}
+
+// maxAsked bounds span.asked: more than a node has clients who ask what became of their last COMMIT.
+const maxAsked = 1 << 13
 
 type incarnation struct {
 	node txn.NodeID
@@ -62,7 +74,7 @@ type outcomePage struct {
 func (p *outcomePage) count() int { return bits.OnesCount64(p.committed | p.aborted) }
 
 func newOutcomes(keep int) outcomes {
-	return outcomes{keep: keep, pages: make(map[pageName]*list.Element), incarnations: make(map[incarnation]uint64)}
+	return outcomes{keep: keep, pages: make(map[pageName]*list.Element), incarnations: make(map[incarnation]*span)}
 }
 
 func place(gid txn.GID) (pageName, uint64) {
@@ -70,10 +82,13 @@ func place(gid txn.GID) (pageName, uint64) {
 }
 
 // begin notes that an incarnation exists.
-func (o *outcomes) begin(node txn.NodeID, id uint64) {
-	if _, known := o.incarnations[incarnation{node, id}]; !known {
-		o.incarnations[incarnation{node, id}] = 0
+func (o *outcomes) begin(node txn.NodeID, id uint64) *span {
+	s := o.incarnations[incarnation{node, id}]
+	if s == nil {
+		s = &span{}
+		o.incarnations[incarnation{node, id}] = s
 	}
+	return s
 }
 
 func (o *outcomes) find(gid txn.GID) Outcome {
@@ -86,20 +101,61 @@ func (o *outcomes) find(gid txn.GID) Outcome {
 			return Aborted
 		}
 	}
-	if forgotten, known := o.incarnations[name.incarnation]; !known || gid.Sequence <= forgotten {
+	s := o.incarnations[name.incarnation]
+	if s == nil || gid.Sequence <= s.forgotten {
 		return Forgotten
+	}
+	if _, asked := slices.BinarySearch(s.asked, gid.Sequence); asked {
+		return Aborted
 	}
 	return Undecided
 }
 
 // tooOld reports whether gid may have been decided and forgotten.
 func (o *outcomes) tooOld(gid txn.GID) bool {
-	return gid.Sequence <= o.incarnations[incarnation{gid.Node, gid.Incarnation}] && o.find(gid) == Forgotten
+	s := o.incarnations[incarnation{gid.Node, gid.Incarnation}]
+	return s != nil && gid.Sequence <= s.forgotten && o.find(gid) == Forgotten
 }
 
-// add notes a decision. The first one stands, and what is too old is not noted: it may not be the first.
+// ask notes that gid, which no entry of its living origin has named so far, is aborted because somebody has asked about it.
+// It reports whether gid is decided now; it is not if too many were asked about.
+func (o *outcomes) ask(gid txn.GID) bool {
+	s := o.begin(gid.Node, gid.Incarnation)
+	if gid.Sequence <= s.highest {
+		o.add(gid, false)
+		return true
+	}
+	at, known := slices.BinarySearch(s.asked, gid.Sequence)
+	if !known && len(s.asked) < maxAsked {
+		s.asked, known = slices.Insert(s.asked, at, gid.Sequence), true
+	}
+	return known
+}
+
+// bury notes that a node's incarnations but the living one, 0 for none, will propose nothing any more.
+func (o *outcomes) bury(node txn.NodeID, living uint64) {
+	for _, k := range o.known() {
+		if asked := o.incarnations[k].asked; k.node == node && k.id != living && len(asked) > 0 {
+			o.add(txn.GID{Node: node, Incarnation: k.id, Sequence: asked[len(asked)-1]}, false) // and with it all below
+		}
+	}
+}
+
+// add notes a decision on what an origin has proposed, or on what an origin that is gone will not propose. The first one
+// stands, and what is too old is not noted: it may not be the first.
 func (o *outcomes) add(gid txn.GID, committed bool) {
-	o.begin(gid.Node, gid.Incarnation)
+	s := o.begin(gid.Node, gid.Incarnation)
+	s.highest = max(s.highest, gid.Sequence)
+	for len(s.asked) > 0 && s.asked[0] <= s.highest {
+		reached := txn.GID{Node: gid.Node, Incarnation: gid.Incarnation, Sequence: s.asked[0]}
+		s.asked = s.asked[1:]
+		o.note(reached, false)
+	}
+	o.note(gid, committed)
+}
+
+// note puts a decision into its page, and forgets the oldest pages.
+func (o *outcomes) note(gid txn.GID, committed bool) {
 	if o.find(gid) != Undecided {
 		return
 	}
@@ -121,25 +177,41 @@ func (o *outcomes) add(gid txn.GID, committed bool) {
 		o.used.Remove(o.used.Front())
 		delete(o.pages, oldest.pageName)
 		o.count -= oldest.count()
-		last := (oldest.number+1)<<pageBits - 1
-		o.incarnations[oldest.incarnation] = max(o.incarnations[oldest.incarnation], last)
+		// Numbers of the page that are still to come have not been decided.
+		s := o.incarnations[oldest.incarnation]
+		s.forgotten = max(s.forgotten, min(oldest.number<<pageBits|(1<<pageBits-1), s.highest))
 	}
 }
 
 func (o *outcomes) oldest() *outcomePage { return o.used.Front().Value.(*outcomePage) }
 
-// encode writes the state; equal histories give equal bytes.
-func (o *outcomes) encode() []byte {
-	known := slices.SortedFunc(maps.Keys(o.incarnations), func(a, b incarnation) int {
+// known are the incarnations, in an order that is alike everywhere.
+func (o *outcomes) known() []incarnation {
+	return slices.SortedFunc(maps.Keys(o.incarnations), func(a, b incarnation) int {
 		return cmp.Or(cmp.Compare(a.node, b.node), cmp.Compare(a.id, b.id))
 	})
+}
+
+// asked is what encode does not write.
+func (o *outcomes) asked() (all []txn.GID) {
+	for _, k := range o.known() {
+		for _, sequence := range o.incarnations[k].asked {
+			all = append(all, txn.GID{Node: k.node, Incarnation: k.id, Sequence: sequence})
+		}
+	}
+	return all
+}
+
+// encode writes the state, but for asked; equal histories give equal bytes.
+func (o *outcomes) encode() []byte {
+	known := o.known()
 	places := make(map[incarnation]uint64, len(known))
 	b := binary.AppendUvarint(nil, uint64(len(known)))
 	for i, k := range known {
 		places[k] = uint64(i)
 		b = binary.AppendUvarint(b, uint64(k.node))
 		b = binary.BigEndian.AppendUint64(b, k.id)
-		b = binary.AppendUvarint(b, o.incarnations[k])
+		b = binary.AppendUvarint(b, o.incarnations[k].forgotten)
 	}
 	for e := o.used.Front(); e != nil; e = e.Next() {
 		p := e.Value.(*outcomePage)
@@ -151,8 +223,8 @@ func (o *outcomes) encode() []byte {
 	return b
 }
 
-// decode reads what encode wrote. Nothing at all is an empty memory.
-func (o *outcomes) decode(b []byte) error {
+// decode reads what encode wrote, and takes what was asked. Nothing at all is an empty memory.
+func (o *outcomes) decode(b []byte, asked []txn.GID) error {
 	*o = newOutcomes(o.keep)
 	if len(b) == 0 {
 		return nil
@@ -180,7 +252,8 @@ func (o *outcomes) decode(b []byte) error {
 	for n := uvarint(); n > 0 && !bad; n-- {
 		k := incarnation{node: txn.NodeID(uvarint()), id: fixed()}
 		known = append(known, k)
-		o.incarnations[k] = uvarint()
+		forgotten := uvarint()
+		o.incarnations[k] = &span{forgotten: forgotten, highest: forgotten}
 	}
 	for len(b) > 0 && !bad {
 		at := uvarint()
@@ -193,6 +266,14 @@ func (o *outcomes) decode(b []byte) error {
 		}
 		o.pages[p.pageName] = o.used.PushBack(p)
 		o.count += p.count()
+		s := o.incarnations[p.incarnation]
+		s.highest = max(s.highest, p.number<<pageBits+uint64(bits.Len64(p.committed|p.aborted)-1))
+	}
+	for _, gid := range asked {
+		s := o.incarnations[incarnation{gid.Node, gid.Incarnation}]
+		if bad = bad || s == nil || gid.Sequence <= s.highest || !o.ask(gid); bad {
+			break
+		}
 	}
 	if bad {
 		return fmt.Errorf("read outcomes: %w", txn.ErrCorrupt)

@@ -148,6 +148,13 @@ func (c *Coordinator) Reserve() txn.GID {
 	return c.nextLocked()
 }
 
+// GaveOut reports whether somebody may know gid, one of this Coordinator's incarnation, from it.
+func (c *Coordinator) GaveOut(gid txn.GID) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return gid.Sequence <= c.sequence
+}
+
 func (c *Coordinator) nextLocked() txn.GID {
 	c.sequence++
 	return txn.GID{Node: c.cfg.Node, Incarnation: c.cfg.Incarnation, Sequence: c.sequence}
@@ -441,8 +448,8 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 	if err != nil && !errors.Is(err, txn.ErrClosed) {
 		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
-	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks. The
-	// client need not wait for that.
+	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks. If this does
+	// not get into the log either, they expire there. The client need not wait for that.
 	c.mu.Lock()
 	t.abort(txn.AbortNoQuorum)
 	c.mu.Unlock()

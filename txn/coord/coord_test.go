@@ -423,6 +423,10 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 func TestReservedGID(t *testing.T) {
 	run(t, func(b bench) {
 		reserved := b.Reserve()
+		next := reserved
+		if next.Sequence++; !b.GaveOut(reserved) || b.GaveOut(next) {
+			b.Errorf("%s counts as given out: %v, %s, which comes next: %v", reserved, b.GaveOut(reserved), next, b.GaveOut(next))
+		}
 		other := b.begin()
 		tx, err := b.BeginAs(b.Context(), reserved, 11, 99)
 		if err != nil {
