@@ -925,19 +925,35 @@ func TestProgress(t *testing.T) {
 	for n := range 40 {
 		transactions = append(transactions, fmt.Sprintf("INSERT INTO t VALUES (%d)", n))
 	}
-	c.next = 3*halfEra - 20 // the first 19 are not yet in the second half of an era
+	c.next = 2<<eraBits - 20 // the first 20 end an odd era
 	items := c.run(transactions...)
 	cfg := c.config()
 	cfg.Start = items[0].CSN - 1
 	cfg.GroupItems = 2
+	cfg.FlushEvery = time.Hour
 	p := start(t, cfg)
 	p.idleWorkers(4)
-	c.exec(c.dst, "INSERT INTO quorate.applied_even VALUES (7)")
-	p.apply(items[:30])
-	p.idleWorkers(4)
-	if got := c.text(c.dst, "SELECT count(*) FROM quorate.applied_even"); got != "0" {
-		t.Errorf("%s rows of the last era", got)
+	flush := func(what string, csn txn.CSN, table, rows string) {
+		t.Helper()
+		if err := p.Flush(t.Context(), csn); err != nil {
+			t.Fatal(err)
+		}
+		if got := c.text(c.dst, "SELECT count(*) FROM "+table); got != rows {
+			t.Errorf("%s: %s rows in %s, not %s", what, got, table, rows)
+		}
 	}
+	// A node that writes progress only when it flushes truncates as well: no worker has come to this.
+	c.exec(c.dst, "INSERT INTO quorate.applied_even SELECT generate_series(1, 1000)")
+	flush("before anything is applied", cfg.Start, "quorate.applied_even", "1000")
+	p.apply(items[:10])
+	flush("of the era before", items[9].CSN, "quorate.applied_even", "0")
+	p.apply(items[10:25])
+	// Others may be in the next era before the table of the last one is truncated.
+	c.exec(c.dst, fmt.Sprintf("INSERT INTO quorate.applied_odd VALUES (%d)", 3<<eraBits))
+	before := c.text(c.dst, "SELECT count(*) FROM quorate.applied_odd")
+	flush("of the next era", items[24].CSN, "quorate.applied_odd", before)
+	c.exec(c.dst, fmt.Sprintf("DELETE FROM quorate.applied_odd WHERE csn = %d", 3<<eraBits))
+	p.apply(items[25:30])
 	if err := p.stopped(); err != nil {
 		t.Fatal(err)
 	}

@@ -24,12 +24,11 @@ import (
 // To the same end the CSN up to which everything is visible is inserted from time to time, in a transaction whose commit
 // is flushed, and with it all earlier ones: also the node's own, which write no progress. See Pipeline.Flush.
 //
-// The tables take turns, an era of CSNs each. In the middle of an era the other table holds only what is superseded
-// and is truncated.
+// The tables take turns, an era of CSNs each. When one of an era is durable, the other table holds only what is superseded
+// and is truncated: by flush, for that is what writes progress also where all transactions are the node's own.
 const (
 	eraBits  = 16
-	halfEra  = 1 << (eraBits - 1)
-	maxItems = halfEra / 2 // what is in the queue never reaches into the next era when the other table is truncated
+	maxItems = 1 << (eraBits - 2) // so that workers seldom hold a row of the next era, which keeps the table from being truncated
 )
 
 var progressTables = [2]string{"quorate.applied_even", "quorate.applied_odd"}
@@ -93,16 +92,18 @@ func parseProgress(rows [][]string) (txn.CSN, error) {
 	return txn.CSN(n), nil
 }
 
-// dueForTruncation reports, once for each era, that the other era's table is to be truncated.
-func (p *Pipeline) dueForTruncation(csn txn.CSN) bool {
-	return uint64(csn)%(2*halfEra) >= halfEra && p.truncated.Swap(era(csn)) != era(csn)
-}
-
-// truncateProgress empties the table of the other eras. If somebody reads it at present, then next time: what is in
-// there only takes space.
-func (s *session) truncateProgress(csn txn.CSN) error {
-	other := progressTables[(era(csn)+1)%2]
-	return s.simple("BEGIN; SET LOCAL lock_timeout = '20ms'; TRUNCATE " + other + "; COMMIT")
+// truncateProgress empties the table of the other eras, once for each era. csn, which is durable, is in the table of its own.
+// What was visible after it may have reached the next era meanwhile: then the other table is left as it is, and nobody adds to
+// it while it is looked at. If somebody uses it at present, then next time: what is in there only takes space.
+func (p *Pipeline) truncateProgress(ctx context.Context, c *pgconn.PgConn, csn txn.CSN) error {
+	if p.truncated.Swap(era(csn)) == era(csn) {
+		return nil
+	}
+	return exec(ctx, c, fmt.Sprintf(`SET lock_timeout = '20ms';
+DO $$BEGIN
+	LOCK TABLE %[1]s;
+	IF NOT EXISTS (SELECT FROM %[1]s WHERE csn > %[2]d) THEN TRUNCATE %[1]s; END IF;
+END$$`, progressTables[(era(csn)+1)%2], csn))
 }
 
 // Durable returns the CSN up to which everything is known to be on disk: a crash does not take it back.
@@ -144,11 +145,13 @@ func (p *Pipeline) flush(ctx context.Context, csn txn.CSN) error {
 	if err == nil {
 		_, err = query(ctx, c, insertProgress[era(csn)%2], strconv.FormatUint(uint64(csn), 10))
 	}
-	if err = errors.Join(err, c.Close(context.WithoutCancel(ctx))); err != nil {
-		return err
+	if err == nil {
+		p.durable.Store(uint64(csn))
+		if err := p.truncateProgress(ctx, c, csn); err != nil {
+			p.log.Info("the progress table of the last era is not truncated now", logkey.CSN, uint64(csn), logkey.Error, err)
+		}
 	}
-	p.durable.Store(uint64(csn))
-	return nil
+	return errors.Join(err, c.Close(context.WithoutCancel(ctx)))
 }
 
 // keepDurable bounds what has to be done again, or asked about, after a crash.

@@ -294,14 +294,6 @@ func (w *worker) commit(ctx context.Context, e *entry) error {
 	}
 	w.p.metrics.published(time.Since(start))
 	w.p.visible(e)
-	if w.p.dueForTruncation(e.last) {
-		if err := w.session.truncateProgress(e.last); err != nil {
-			w.p.log.Info("progress table is not truncated now", logkey.Error, err)
-			if isConnection(err) || w.session.rollback() != nil {
-				w.disconnect()
-			}
-		}
-	}
 	return nil
 }
 
