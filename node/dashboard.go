@@ -346,6 +346,9 @@ func actions(is dashboard.Node, members int) []string {
 
 // Act implements dashboard.Source.
 func (s *shown) Act(ctx context.Context, a dashboard.Action) (string, error) {
+	if s.n.states.current().name == stateStarting {
+		return "", status.Error(codes.Unavailable, errStarting.Error())
+	}
 	service, id := s.n.admin.Load().Membership(), uint32(a.Node)
 	switch a.Name {
 	case dashboard.Drain:

@@ -127,13 +127,15 @@ type step struct {
 	run  func(context.Context) error
 }
 
-// steps are what opening consists of. The order matters. PostgreSQL first: how far it is decides where applying starts. The
-// log, which begins to play as soon as consensus is open, finds what consumes it. Clients last.
+// steps are what opening consists of. The order matters. HTTP before PostgreSQL, which may take minutes to replay its WAL: whoever
+// asks for liveness must not take that for a dead process and kill it. PostgreSQL before the log: how far it is decides where
+// applying starts. The log, which begins to play as soon as consensus is open, finds what consumes it. gRPC behind it: all
+// its services, Raft's among them, are there before it serves. Clients last.
 func (n *Node) steps() []step {
 	id := n.identity.get()
-	steps := []step{{"observation", n.openObservation}, {"tracing", n.openTracing}, {"admin API", n.openAdmin}}
+	steps := []step{{"observation", n.openObservation}, {"tracing", n.openTracing}, {"admin API", n.openAdmin}, {"HTTP", n.openHTTP}}
 	if id.State == config.StateRemoved {
-		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC}, step{"HTTP", n.openHTTP})
+		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC})
 	}
 	switch {
 	case n.cfg.Witness():
@@ -143,7 +145,7 @@ func (n *Node) steps() []step {
 	default:
 		steps = append(steps, step{"PostgreSQL", n.openIncarnation})
 	}
-	steps = append(steps, step{"consensus", n.openConsensus}, step{"gRPC", n.serveGRPC}, step{"HTTP", n.openHTTP}, step{"recovery", n.accompanyAll})
+	steps = append(steps, step{"consensus", n.openConsensus}, step{"gRPC", n.serveGRPC}, step{"recovery", n.accompanyAll})
 	if !n.cfg.Witness() {
 		steps = append(steps, step{"gateway", n.openGateway})
 	}

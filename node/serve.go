@@ -56,7 +56,6 @@ func (n *Node) serveGRPC(ctx context.Context) error {
 	n.onClose(func(context.Context) error { n.grpc.Stop(); return nil })
 	n.run("gRPC", func(context.Context) error { return n.grpc.Serve(listener) })
 	n.alongside(n.seen.beats.Run)
-	n.alongside(n.observe)
 	return nil
 }
 
@@ -112,6 +111,7 @@ func (n *Node) gather() ([]*dto.MetricFamily, error) {
 	return gatherers.Gather()
 }
 
+// openHTTP serves the probes, the dashboard and the metrics, while the node starts, too.
 func (n *Node) openHTTP(ctx context.Context) error {
 	guard, err := n.newGuard()
 	if err != nil {
@@ -149,6 +149,7 @@ func (n *Node) openHTTP(ctx context.Context) error {
 		<-n.ctx.Done()
 		return nil
 	})
+	n.alongside(n.observe) // that it looks is what being alive means
 	return nil
 }
 

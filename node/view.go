@@ -33,7 +33,11 @@ func (n *Node) View() *pb.View {
 		v.Csn = max(v.Csn, r.Health.GetCsn())
 	}
 	voters := n.voters()
-	for _, m := range n.members() {
+	members := n.members()
+	if !slices.ContainsFunc(members, func(m admin.Member) bool { return m.ID == n.cfg.Node }) {
+		members = append(members, admin.Member{ID: n.cfg.Node}) // it was removed, or has not read yet that it is one
+	}
+	for _, m := range members {
 		node := &pb.NodeView{
 			Id: uint32(m.ID), RaftAddress: m.Raft, GrpcAddress: m.GRPC, HttpAddress: m.HTTP, GatewayAddress: m.Gateway,
 			Heard: m.ID == n.cfg.Node || n.seen.beats.Hears(m.ID), Voter: slices.Contains(voters, m.ID),
