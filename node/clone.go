@@ -122,7 +122,7 @@ func (n *Node) holdOnce(ctx context.Context, at func(context.Context) error) (tx
 // openDonor lets other nodes copy this one's PostgreSQL.
 func (n *Node) openDonor() {
 	clone.NewDonor(clone.Config{
-		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Source: donor{n}, Logger: n.log.With(logkey.Component, "clone"),
+		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Source: donor{n}, MaxWAL: uint64(n.cfg.Limits.CloneWAL), Logger: n.log.With(logkey.Component, "clone"),
 	}).Register(n.grpc)
 }
 
@@ -138,8 +138,8 @@ func (n *Node) Cloning() (clone.Progress, bool) {
 // obtain gives this node a copy of another member's PostgreSQL, from whichever can give one, unless it has been given one
 // under this identity before. The node's own server is stopped; a data directory that it had is set aside, until
 // forgetSetAside. Afterwards the data directory holds exactly the transactions up to apply.Progress, and nothing runs.
-// An error leaves the data directory as it was, and obtain may be called again; one that wraps clone.ErrUnfit or
-// clone.ErrNoSpace needs somebody to do something about it.
+// An error leaves the data directory as it was, and obtain may be called again; one that wraps clone.ErrUnfit,
+// clone.ErrNoSpace or clone.ErrTooSlow needs somebody to do something about it.
 //
 // beyond is what earlier holders of the slot had reserved of sequences: see pg.TakeOver.
 func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int64) error {

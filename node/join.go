@@ -182,7 +182,7 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 		n.states.set(stateCloning, "the node has not got a copy yet: "+err.Error())
 		n.log.Warn("no copy of another member's data yet", logkey.Error, err)
 		wait := pause
-		if errors.Is(err, clone.ErrNoSpace) || errors.Is(err, clone.ErrUnfit) {
+		if errors.Is(err, clone.ErrNoSpace) || errors.Is(err, clone.ErrUnfit) || errors.Is(err, clone.ErrTooSlow) {
 			wait = hopelessAttempt
 		}
 		if err := sleep(ctx, wait); err != nil {

@@ -156,6 +156,10 @@ type Limits struct {
 	// come since the last snapshot, which is taken when that is half of it. A large transaction that is being ordered stays
 	// whole, and if its end does not come, 256 MiB of what others write behind its latest part.
 	Log Size `yaml:"log,omitempty"`
+	// CloneWAL is how much WAL the node's PostgreSQL keeps for each clone of it (two at most are made at once) that takes the
+	// copy slower than WAL is written. Beyond, the clone ends. Default 16GiB, at least 1GiB, and
+	// to be more than max_wal_size, which PostgreSQL may keep anyhow.
+	CloneWAL Size `yaml:"clone_wal,omitempty"`
 	// Lag is how many transactions an active member may be behind before commits on this node are slowed, by up to a quarter
 	// of a second each; at twice as many they wait. Default 8192, at least 16.
 	Lag int `yaml:"lag,omitempty"`

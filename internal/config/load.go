@@ -128,6 +128,7 @@ func (c *Config) complete(dir string) {
 	orDefault(&c.Limits.ApplyTransactions, 4096)
 	orDefault(&c.Limits.ApplyMemory, 64<<20)
 	orDefault(&c.Limits.Log, 512<<20)
+	orDefault(&c.Limits.CloneWAL, 16<<30)
 	orDefault(&c.Limits.Lag, 8192)
 	orDefault(&c.Limits.LagPatience, 5*time.Second)
 	orDefault(&c.CommitTimeout, defaultCommitTimeout)

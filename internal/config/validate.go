@@ -155,6 +155,7 @@ func (c Config) Validate() error {
 	v.within("limits.apply_transactions", int64(c.Limits.ApplyTransactions), 1, 1<<20)
 	v.size("limits.apply_memory", c.Limits.ApplyMemory, 1<<20, 1<<40)
 	v.size("limits.log", c.Limits.Log, 1<<20, 1<<40)
+	v.size("limits.clone_wal", c.Limits.CloneWAL, 1<<30, 1<<50)
 	v.within("limits.lag", int64(c.Limits.Lag), 16, 1<<30)
 	if c.Limits.LagPatience < time.Second || c.Limits.LagPatience > time.Hour {
 		v.add("limits.lag_patience", c.Limits.LagPatience.String(), "must be from 1s to 1h")

@@ -116,6 +116,9 @@ func serve(t testing.TB, register func(*grpc.Server)) *grpc.ClientConn {
 	return conn
 }
 
+// maxWAL is more than other tests than TestSlowReceiver write during a clone.
+const maxWAL = 2 << 30
+
 type rig struct {
 	t      testing.TB
 	server *pgserver.Server
@@ -135,7 +138,7 @@ func newRigIn(t testing.TB, o pgtest.Options, dir string) *rig {
 	t.Helper()
 	r := &rig{t: t, server: pgtest.Start(t, o), dir: dir}
 	r.source = &source{server: r.server}
-	r.donor = NewDonor(Config{Cluster: "c", Node: 1, Source: r.source, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	r.donor = NewDonor(Config{Cluster: "c", Node: 1, Source: r.source, MaxWAL: maxWAL, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	r.conn = serve(t, r.donor.Register)
 	r.run("CREATE TABLE t (id int PRIMARY KEY, filler text)", "INSERT INTO t SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 10000) i")
 	return r
@@ -642,6 +645,40 @@ func TestTogether(t *testing.T) {
 	if _, err := Receive(t.Context(), r.conn, r.target()); err != nil {
 		t.Error(err)
 	}
+	r.idle()
+}
+
+// TestSlowReceiver: a receiver that takes the copy more slowly than WAL is written is told so before the donor's disk is full, and
+// nothing stays of it.
+func TestSlowReceiver(t *testing.T) {
+	r := newRig(t, 18)
+	r.donor.cfg.MaxWAL = 64 << 20
+	target := r.target()
+	begun, read, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	target.Progress = func(p Progress) {
+		if p.Bytes > 0 {
+			once.Do(func() { close(begun) })
+			<-read
+		}
+	}
+	var err error
+	go func() {
+		defer close(ended)
+		_, err = Receive(t.Context(), r.conn, target)
+	}()
+	<-begun
+	for range 5 {
+		r.run("SELECT pg_logical_emit_message(false, 'filler', repeat('x', 16 << 20), true)")
+	}
+	for deadline := time.Now().Add(time.Minute); r.donor.under.Load() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the donor goes on keeping WAL")
+		}
+	}
+	close(read)
+	<-ended
+	mustFail(t, "a slow receiver", err, ErrTooSlow, "limits.clone_wal")
 	r.idle()
 }
 

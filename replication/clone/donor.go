@@ -33,6 +33,8 @@ const (
 	// stall is how long the other side may neither take nor give anything before it counts as lost. A receiver that flushes to
 	// a slow disk reads nothing meanwhile.
 	stall = 2 * time.Minute
+	// lookAtWAL is how often the donor looks how much WAL its PostgreSQL keeps for a clone.
+	lookAtWAL = time.Second
 	// chunkSize is how much goes into one message.
 	chunkSize = 256 << 10
 )
@@ -53,7 +55,9 @@ type Config struct {
 	Cluster string
 	Node    txn.NodeID
 	Source  Source
-	Logger  *slog.Logger // nil: discarded
+	// MaxWAL bounds the WAL that PostgreSQL keeps for one clone, in bytes.
+	MaxWAL uint64
+	Logger *slog.Logger // nil: discarded
 }
 
 // Donor serves copies of its node's PostgreSQL. It is safe for concurrent use.
@@ -113,14 +117,20 @@ func (d *Donor) Clone(req *pb.CloneRequest, stream grpc.ServerStreamingServer[pb
 	}
 	log.Warn("a clone of this node has failed", logkey.Error, err, "bytes", t.sent.Load(), logkey.Duration, time.Since(began))
 	code := codes.Unavailable
-	if errors.Is(err, ErrUnfit) || errors.Is(err, errUnsupported) {
+	switch {
+	case errors.Is(err, ErrUnfit), errors.Is(err, errUnsupported):
 		code = codes.FailedPrecondition
+	case errors.Is(err, errKept):
+		code = codes.Aborted
 	}
 	return status.Errorf(code, "clone of node %s: %v", d.cfg.Node, err)
 }
 
 // errUnsupported: the donor has something that cannot be copied.
 var errUnsupported = errors.New("not supported")
+
+// errKept: PostgreSQL would have to keep too much WAL.
+var errKept = errors.New("the receiver is too slow")
 
 // transfer is one clone, on the donor's side.
 type transfer struct {
@@ -130,6 +140,7 @@ type transfer struct {
 	csn    txn.CSN
 	sent   atomic.Uint64 // bytes
 	start  backupStart
+	slot   string // that keeps WAL for it
 
 	mu     sync.Mutex // of stream.Send
 	stream grpc.ServerStreamingServer[pb.CloneChunk]
@@ -145,8 +156,18 @@ func (t *transfer) run(stream grpc.ServerStreamingServer[pb.CloneChunk]) error {
 	defer cancel(nil)
 	t.stream, t.target = stream, make(chan txn.LSN, 1)
 	t.moved.Store(time.Now().UnixNano())
-	done := make(chan error, 1)
+	var err error
+	if t.slot, err = newName(); err != nil {
+		return err
+	}
+	done, kept := make(chan error, 1), make(chan error, 1)
 	go func() { done <- t.send(ctx) }()
+	var bounding sync.WaitGroup
+	bounding.Go(func() {
+		if err := t.boundWAL(ctx); ctx.Err() == nil {
+			kept <- err
+		}
+	})
 	ticker := time.NewTicker(beat)
 	defer ticker.Stop()
 	for {
@@ -155,7 +176,11 @@ func (t *transfer) run(stream grpc.ServerStreamingServer[pb.CloneChunk]) error {
 			if cause := context.Cause(ctx); err != nil && cause != nil {
 				err = errors.Join(cause, err)
 			}
+			cancel(nil)
+			bounding.Wait()
 			return err
+		case err := <-kept:
+			return err // send ends when the call has, as below
 		case <-ticker.C:
 		}
 		if quiet := time.Since(time.Unix(0, t.moved.Load())); t.mu.TryLock() {
@@ -170,6 +195,39 @@ func (t *transfer) run(stream grpc.ServerStreamingServer[pb.CloneChunk]) error {
 		} else if quiet > stall {
 			// The goroutine of send ends when the call has: its Send fails then.
 			return fmt.Errorf("the receiver has not read anything for %v", stall)
+		}
+	}
+}
+
+// boundWAL returns when PostgreSQL keeps more WAL for the clone than it may, when it cannot see how much, or when ctx ends. A
+// receiver that takes less than is written, but never stands still, would in the end fill the disk.
+func (t *transfer) boundWAL(ctx context.Context) (err error) {
+	conn, err := t.donor.cfg.Source.Connect(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeConn(ctx, conn)) }()
+	ticker := time.NewTicker(lookAtWAL)
+	defer ticker.Stop()
+	for {
+		rows, err := query(ctx, conn, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) FROM pg_replication_slots WHERE slot_name = '"+t.slot+"' AND restart_lsn IS NOT NULL")
+		if err != nil {
+			return fmt.Errorf("see how much WAL is kept: %w", err)
+		}
+		if len(rows) > 0 { // there is a slot
+			kept, err := strconv.ParseInt(rows[0][0], 10, 64)
+			if err != nil {
+				return fmt.Errorf("see how much WAL is kept: %w", err)
+			}
+			if most := t.donor.cfg.MaxWAL; kept > 0 && uint64(kept) > most {
+				return fmt.Errorf("%w: PostgreSQL keeps %s of WAL for its copy, and limits.clone_wal of the donor allows %s: join when less is written, or allow more",
+					errKept, mib(uint64(kept)), mib(most))
+			}
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -211,17 +269,13 @@ func (t *transfer) send(ctx context.Context) (err error) {
 	if err := refuseTablespaces(ctx, conn); err != nil {
 		return err
 	}
-	name, err := newName()
-	if err != nil {
-		return err
-	}
 	wal, err := d.cfg.Source.Connect(ctx, true)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeConn(ctx, wal)) }()
 	// The slot, which ends with its connection, keeps what the backup will need from its first moment.
-	if err := execute(ctx, wal, "CREATE_REPLICATION_SLOT "+name+" TEMPORARY PHYSICAL (RESERVE_WAL)"); err != nil {
+	if err := execute(ctx, wal, "CREATE_REPLICATION_SLOT "+t.slot+" TEMPORARY PHYSICAL (RESERVE_WAL)"); err != nil {
 		return fmt.Errorf("reserve WAL: %w", err)
 	}
 	files, err := d.cfg.Source.Connect(ctx, true)
@@ -242,7 +296,7 @@ func (t *transfer) send(ctx context.Context) (err error) {
 		return err
 	}
 	group, inner := errgroup.WithContext(ctx)
-	group.Go(func() error { return t.sendWAL(inner, wal, name) })
+	group.Go(func() error { return t.sendWAL(inner, wal) })
 	var end *pb.CloneEnd
 	group.Go(func() error {
 		if err := t.sendFiles(inner, backup); err != nil {

@@ -55,6 +55,8 @@ var (
 	ErrNoSpace = errors.New("not enough disk space for the clone")
 	// ErrBusy: the donor makes as many clones as it can.
 	ErrBusy = errors.New("the donor is busy")
+	// ErrTooSlow: the donor's PostgreSQL would have to keep more WAL for this copy than its node allows.
+	ErrTooSlow = errors.New("the copy is made too slowly")
 )
 
 // spareSpace is what must be free beyond the donor's files, for WAL and what recovery writes.
@@ -83,6 +85,8 @@ func Receive(ctx context.Context, donor grpc.ClientConnInterface, t Target) (Res
 			err = fmt.Errorf("%w: %s", ErrUnfit, s.Message())
 		case codes.ResourceExhausted:
 			err = fmt.Errorf("%w: %s", ErrBusy, s.Message())
+		case codes.Aborted:
+			err = fmt.Errorf("%w: %s", ErrTooSlow, s.Message())
 		}
 	}
 	return Result{}, fmt.Errorf("clone: %w", err)

@@ -17,7 +17,7 @@ import (
 const confirmEvery = 16 << 20
 
 // sendWAL passes on the WAL from the segment where the backup begins up to the target, which is set meanwhile.
-func (t *transfer) sendWAL(ctx context.Context, conn *pgconn.PgConn, slot string) error {
+func (t *transfer) sendWAL(ctx context.Context, conn *pgconn.PgConn) error {
 	if t.start.timeline > 1 {
 		history, err := pglogrepl.TimelineHistory(ctx, conn, int32(t.start.timeline))
 		if err != nil {
@@ -34,7 +34,7 @@ func (t *transfer) sendWAL(ctx context.Context, conn *pgconn.PgConn, slot string
 		return fmt.Errorf("stream WAL: %w", err)
 	}
 	at := t.start.lsn - t.start.lsn%txn.LSN(t.server.segmentSize)
-	if err := pglogrepl.StartReplication(ctx, conn, slot, pglogrepl.LSN(at), pglogrepl.StartReplicationOptions{
+	if err := pglogrepl.StartReplication(ctx, conn, t.slot, pglogrepl.LSN(at), pglogrepl.StartReplicationOptions{
 		Mode: pglogrepl.PhysicalReplication, Timeline: int32(t.start.timeline),
 	}); err != nil {
 		return fmt.Errorf("stream WAL: %w", err)
