@@ -45,6 +45,7 @@ type Status struct {
 	Writes       bool    // whether clients can commit writes here
 	Reason       string  // why they cannot
 	Postgres     string  // version of the server, empty while unknown
+	LogFailure   string  // why the node stores nothing more of the log, empty: it does
 	// Health and Hears are what the node says in its heartbeats; nil if it sends none.
 	Health *pb.Health
 	Hears  []*pb.Heard
@@ -218,7 +219,7 @@ func (a *Admin) self(s Status) *pb.Member {
 		State: s.State, AcceptsWrites: s.Writes, Reason: s.Reason, Role: roles[s.Role],
 		Term: s.Term, CommitIndex: uint64(s.CommitIndex), AppliedIndex: uint64(s.AppliedIndex),
 		Csn: uint64(s.CSN), AppliedCsn: (*uint64)(s.Applied), Version: a.cfg.Version, PostgresVersion: s.Postgres,
-		LastContactMs: proto.Uint64(0), Health: s.Health, Hears: s.Hears,
+		LastContactMs: proto.Uint64(0), Health: s.Health, Hears: s.Hears, LogFailure: s.LogFailure,
 	}
 	got.Id = uint32(a.cfg.Node)
 	for _, m := range a.cfg.Members() {

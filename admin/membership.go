@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -63,14 +64,16 @@ type ListedMember struct {
 
 // Applicant wants to be a member.
 type Applicant struct {
-	Request  txn.UUID
-	Cluster  string // by the name that it is configured with
-	Role     string
-	Replaces txn.NodeID
-	Member   // without an ID
-	Version  string
-	Postgres string
-	Token    string
+	Request txn.UUID
+	Cluster string // by the name that it is configured with
+	// ClusterID is the cluster that it belongs to already; zero: none.
+	ClusterID txn.UUID
+	Role      string
+	Replaces  txn.NodeID
+	Member    // without an ID
+	Version   string
+	Postgres  string
+	Token     string
 }
 
 // Admission is what a candidate gets.
@@ -90,6 +93,9 @@ type Refusal struct {
 }
 
 func (r *Refusal) Error() string { return r.Message }
+
+// GRPCStatus has status.Code find the code.
+func (r *Refusal) GRPCStatus() *status.Status { return status.New(r.Code, r.Message) }
 
 // Refuse returns a Refusal.
 func Refuse(code codes.Code, format string, args ...any) error {
@@ -220,14 +226,17 @@ func atNode[Req, Resp any](ctx context.Context, m *membership, id uint32, req Re
 // known returns a Refusal unless id is a member.
 func (m *membership) known(id txn.NodeID) error { return m.a.cfg.Membership.Members().Known(id) }
 
+// Removed reports whether id was a member, and is none any more. No node has the id 0.
+func (m Members) Removed(id txn.NodeID) bool {
+	return id != 0 && id <= m.Highest && !slices.ContainsFunc(m.Members, func(x ListedMember) bool { return x.ID == id })
+}
+
 // Known returns nil if id is a member, else a Refusal.
 func (m Members) Known(id txn.NodeID) error {
-	for _, x := range m.Members {
-		if x.ID == id {
-			return nil
-		}
+	if slices.ContainsFunc(m.Members, func(x ListedMember) bool { return x.ID == id }) {
+		return nil
 	}
-	if id <= m.Highest {
+	if m.Removed(id) {
 		return Refuse(codes.NotFound, "node %s was removed", id)
 	}
 	return Refuse(codes.NotFound, "node %s has never been a member; \"quorate status\" shows the members", id)
@@ -254,6 +263,14 @@ func (m *membership) Add(ctx context.Context, req *pb.AddRequest) (*pb.AddRespon
 	if len(req.Request) != len(txn.UUID{}) || txn.UUID(req.Request).IsZero() {
 		return nil, status.Error(codes.InvalidArgument, "request: must be 16 random bytes")
 	}
+	var cluster txn.UUID
+	switch len(req.ClusterId) {
+	case 0:
+	case len(cluster):
+		cluster = txn.UUID(req.ClusterId)
+	default:
+		return nil, status.Error(codes.InvalidArgument, "cluster_id: must be 16 bytes, or empty")
+	}
 	for name, address := range map[string]string{"raft_address": req.RaftAddress, "grpc_address": req.GrpcAddress} {
 		if address == "" {
 			return nil, status.Errorf(codes.InvalidArgument, "%s: is required", name)
@@ -261,7 +278,7 @@ func (m *membership) Add(ctx context.Context, req *pb.AddRequest) (*pb.AddRespon
 	}
 	return atLeader(ctx, m, req, pb.MembershipClient.Add, func(ctx context.Context) (*pb.AddResponse, error) {
 		got, err := m.a.cfg.Membership.Add(ctx, Applicant{
-			Request: txn.UUID(req.Request), Cluster: req.Cluster, Role: req.Role, Replaces: txn.NodeID(req.Replaces),
+			Request: txn.UUID(req.Request), Cluster: req.Cluster, ClusterID: cluster, Role: req.Role, Replaces: txn.NodeID(req.Replaces),
 			Member:  Member{Raft: req.RaftAddress, GRPC: req.GrpcAddress, HTTP: req.HttpAddress, Gateway: req.GatewayAddress},
 			Version: req.Version, Postgres: req.PostgresVersion, Token: req.Token,
 		})
@@ -279,12 +296,16 @@ func (m *membership) Remove(ctx context.Context, req *pb.RemoveRequest) (*pb.Rem
 }
 
 func (m *membership) Leave(ctx context.Context, req *pb.LeaveRequest) (*pb.LeaveResponse, error) {
+	if m.a.cfg.Membership.Members().Removed(txn.NodeID(req.Node)) {
+		return &pb.LeaveResponse{}, nil
+	}
 	return atNode(ctx, m, req.Node, req, pb.MembershipClient.Leave, func(ctx context.Context) (*pb.LeaveResponse, error) {
-		if _, err := m.a.cfg.Membership.Drain(ctx, patience(req.TimeoutMs)); err != nil {
-			return nil, err
+		_, err := m.a.cfg.Membership.Drain(ctx, patience(req.TimeoutMs))
+		if err == nil {
+			removal := &pb.RemoveRequest{Node: uint32(m.a.cfg.Node), Force: req.Force, Reason: "it has left"}
+			_, err = m.Remove(unforwarded(ctx), removal)
 		}
-		removal := &pb.RemoveRequest{Node: uint32(m.a.cfg.Node), Force: req.Force, Reason: "it has left"}
-		if _, err := m.Remove(unforwarded(ctx), removal); err != nil {
+		if err != nil {
 			// Whoever asked does not know that clients were sent away, and would have to bring them back.
 			return nil, errors.Join(err, m.a.cfg.Membership.Resume(ctx))
 		}

@@ -162,6 +162,9 @@ func TestMembershipIsForwarded(t *testing.T) {
 		t.Errorf("a short request: %v, %v", added, err)
 	}
 	uuid := txn.NewUUID()
+	if _, err := follower.Add(ctx, &pb.AddRequest{Request: uuid[:], ClusterId: make([]byte, 17), RaftAddress: "r", GrpcAddress: "g"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a long id of a cluster: %v", err)
+	}
 	added, err = follower.Add(ctx, &pb.AddRequest{Request: uuid[:], RaftAddress: "r", GrpcAddress: "g", Role: "data"})
 	if err != nil || added.Node != 6 || txn.UUID(added.ClusterId) != (txn.UUID{7}) || nodes[0].did() != "add r data" {
 		t.Errorf("added %v, %v; the leader did %q", added, err, nodes[0].did())
@@ -181,6 +184,9 @@ func TestMembershipIsForwarded(t *testing.T) {
 	// Leaving is draining at the node, and then removal by the leader.
 	if _, err := clients[2].Leave(ctx, &pb.LeaveRequest{Node: 2}); err != nil || !strings.HasSuffix(nodes[1].did(), "drain 30s") || !strings.HasSuffix(nodes[2].did(), "remove 2 false it has left") {
 		t.Errorf("leave: %v; node 2 did %q, node 3 %q", err, nodes[1].did(), nodes[2].did())
+	}
+	if _, err := clients[2].Leave(ctx, &pb.LeaveRequest{Node: 4}); err != nil {
+		t.Errorf("leave of a node that has left: %v", err)
 	}
 }
 
@@ -218,6 +224,10 @@ func TestMembershipRefusals(t *testing.T) {
 	nodes[0].refuse = admin.Refuse(codes.FailedPrecondition, "too few")
 	if _, err := clients[1].Leave(ctx, &pb.LeaveRequest{}); status.Code(err) != codes.FailedPrecondition || !strings.HasSuffix(nodes[1].did(), "resume") {
 		t.Errorf("leave: %v; it did %q", err, nodes[1].did())
+	}
+	nodes[1].refuse = errors.New("some sessions do not end")
+	if _, err := clients[1].Leave(ctx, &pb.LeaveRequest{}); err == nil || !strings.HasSuffix(nodes[1].did(), "drain 30s; resume") {
+		t.Errorf("leave without being drained: %v; it did %q", err, nodes[1].did())
 	}
 	lead.set(0)
 	brief, stop := context.WithTimeout(ctx, 5*time.Second) // a tenth of it is for the way back

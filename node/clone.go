@@ -150,18 +150,10 @@ func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int
 	if err != nil || done {
 		return err
 	}
-	var candidates []clone.Candidate
-	for _, m := range n.members() {
-		if m.ID == id.Node || m.Witness {
-			continue
-		}
-		conn, err := n.peers.Conn(m.ID)
-		if err != nil {
-			return err
-		}
-		candidates = append(candidates, clone.Candidate{Node: m.ID, Conn: conn})
+	fit, refused, err := n.donors(ctx, id.Node)
+	if err != nil {
+		return err
 	}
-	fit, refused := clone.Order(ctx, n.cfg.Cluster, candidates)
 	var failures []error
 	for _, c := range fit {
 		err := n.obtainFrom(ctx, c, id, beyond)
@@ -180,6 +172,23 @@ func (n *Node) obtain(ctx context.Context, id pg.Identity, beyond map[string]int
 		return errors.New("there is no other member with data to clone")
 	}
 	return errors.Join(failures...)
+}
+
+// donors returns the members that can give a node a copy of their data now, best first, and why the other ones cannot.
+func (n *Node) donors(ctx context.Context, node txn.NodeID) (fit []clone.Candidate, refused map[txn.NodeID]error, err error) {
+	var candidates []clone.Candidate
+	for _, m := range n.members() {
+		if m.ID == node || m.Witness {
+			continue
+		}
+		conn, err := n.peers.Conn(m.ID)
+		if err != nil {
+			return nil, nil, err
+		}
+		candidates = append(candidates, clone.Candidate{Node: m.ID, Conn: conn})
+	}
+	fit, refused = clone.Order(ctx, n.cfg.Cluster, candidates)
+	return fit, refused, nil
 }
 
 // obtained reports whether the node has been given its copy. If that was interrupted at the very end it is completed.

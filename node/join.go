@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/quorate/quorate/admin"
@@ -47,9 +46,7 @@ const (
 // askTimeout bounds one call to another member.
 const askTimeout = 15 * time.Second
 
-// apply asks the members, one after another, to admit this node, until one of them has. What they refuse for good ends a
-// node that has never belonged to the cluster; one that had to come anew goes on asking, since nobody may be there to start
-// it again.
+// apply asks the members, one after another, to admit this node, until one of them has. What they refuse ends it.
 func (n *Node) apply(ctx context.Context) error {
 	id := n.identity.get()
 	if id.State != config.StateApplying {
@@ -65,7 +62,7 @@ func (n *Node) apply(ctx context.Context) error {
 			n.cfg.Node = txn.NodeID(resp.Node)
 			return n.admitted(resp)
 		}
-		if refused(err) && id.Replaces == 0 {
+		if refused(err) {
 			return fmt.Errorf("join cluster %s: %s", n.cfg.Cluster, status.Convert(err).Message())
 		}
 		n.log.Warn("no member has admitted this node yet", logkey.Error, err)
@@ -90,7 +87,7 @@ func (n *Node) application(ctx context.Context, id config.Identity) (*pb.AddRequ
 	}
 	self := n.cfg.Self()
 	return &pb.AddRequest{
-		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, Token: id.Token,
+		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, ClusterId: id.ClusterID[:], Token: id.Token,
 		RaftAddress: self.Raft, GrpcAddress: self.GRPC, HttpAddress: self.HTTP, GatewayAddress: self.Gateway,
 		Version: n.version, PostgresVersion: postgres,
 	}, nil
@@ -147,6 +144,9 @@ func (n *Node) admitted(resp *pb.AddResponse) error {
 		return fmt.Errorf("join cluster %s: the answer is no admission: node %d of cluster %q", n.cfg.Cluster, resp.Node, resp.Cluster)
 	}
 	return n.identity.change(func(id *config.Identity) {
+		if id.State != config.StateApplying {
+			id.Request, id.Rejoin, id.Replaces = id.Rejoin, txn.UUID{}, id.Node
+		}
 		id.State, id.Node, id.ClusterID = config.StateJoining, txn.NodeID(resp.Node), txn.UUID(resp.ClusterId)
 		id.Peers, id.Token, id.Server, id.Started = resp.Peers, "", config.Server{}, false
 		id.Previous = txn.UUID{}
@@ -318,47 +318,52 @@ func (n *Node) Resync(ctx context.Context) error {
 // answerTime is for the answer to get out. gRPC does not say when it has.
 const answerTime = 200 * time.Millisecond
 
-// rejoin has the cluster admit this node anew in its own place; when it is opened again, it joins as that. It asks while it
-// votes yet: of two members, one could not be replaced by the other after it has stopped.
+// rejoin has the cluster admit this node anew in its own place; when it is opened again, it joins as that. Until it knows that it
+// was admitted it stays what it is, on disk too: it votes yet, and of two members, one could not be replaced by the other
+// without that. It asks by one request until that is answered, for whatever keeps an answer from it, it may have been admitted.
+//
+// An error with the code NotFound says that it is no member any more, and has not been admitted anew either.
 func (n *Node) rejoin(ctx context.Context, reason string) error {
-	if n.cfg.Witness() {
-		return admin.Refuse(codes.FailedPrecondition, "node %s has no data that it could get anew", n.cfg.Node)
+	n.rejoining.Lock()
+	defer n.rejoining.Unlock()
+	id := n.identity.get()
+	switch {
+	case id.State == config.StateRemoved:
+		return admin.Refuse(codes.NotFound, "%v (%s)", errRemoved, id.Reason)
+	case id.Node != n.cfg.Node:
+		return nil // somebody else has just asked
 	}
 	var peers []string
+	leader := n.status().Leader
 	for _, m := range n.members() {
-		if m.ID != n.cfg.Node {
+		switch m.ID {
+		case n.cfg.Node:
+		case leader:
+			peers = slices.Insert(peers, 0, m.GRPC) // it is there
+		default:
 			peers = append(peers, m.GRPC)
 		}
 	}
 	if len(peers) == 0 {
 		return admin.Refuse(codes.FailedPrecondition, "node %s is the only member: there is nobody to copy the data from", n.cfg.Node)
 	}
-	n.rejoining.Lock()
-	defer n.rejoining.Unlock()
-	was := n.identity.get()
-	if was.State != config.StateMember {
-		return admin.Refuse(codes.FailedPrecondition, "node %s is %s already", n.cfg.Node, was.State)
+	request := id.Rejoin
+	if request.IsZero() {
+		request = txn.NewUUID()
 	}
-	applying := was
-	applying.State, applying.Request, applying.Replaces, applying.Peers = config.StateApplying, txn.NewUUID(), n.cfg.Node, peers
-	req, err := n.application(ctx, applying)
+	req, err := n.application(ctx, config.Identity{Request: request, Replaces: id.Node, ClusterID: id.ClusterID})
 	if err != nil {
 		return err
 	}
-	// If this process dies before it hears the answer, it asks by the same request when it is started again.
-	if err := n.identity.change(func(id *config.Identity) { *id = applying }); err != nil {
+	if err := n.identity.change(func(id *config.Identity) { id.Rejoin = request }); err != nil {
 		return err
 	}
-	own := metadata.NewIncomingContext(ctx, metadata.MD{}) // a call of this node's own, not a forwarded one
-	resp, err := n.askMembership().Add(own, req)
+	resp, err := n.askToAdd(ctx, peers, req)
 	if err == nil {
 		err = n.admitted(resp)
 	}
 	if err != nil {
-		if n.membership().Removed(n.cfg.Node) {
-			return err // it was admitted, and asks again when it is started
-		}
-		return errors.Join(err, n.identity.change(func(id *config.Identity) { *id = was }))
+		return err
 	}
 	n.log.Warn("this node joins the cluster anew, and sets its data aside", logkey.Reason, reason)
 	n.event(events.Warning, eventState, n.cfg.Node, fmt.Sprintf("node %s joins the cluster anew: %s", n.cfg.Node, reason))
@@ -366,16 +371,54 @@ func (n *Node) rejoin(ctx context.Context, reason string) error {
 	return nil
 }
 
-// wasRemoved fences the node for good. A joining node may have been removed as well.
-func (n *Node) wasRemoved(reason string) {
-	if id := n.identity.get(); id.State == config.StateApplying || id.Node != n.cfg.Node {
-		return // as which it was removed: it comes back as another one
+// comeBack has the node rejoin, unattended: it asks until it is admitted anew, or told that it was removed.
+func (n *Node) comeBack(reason string) {
+	if !n.returning.CompareAndSwap(false, true) {
+		return
 	}
+	n.alongside(func(ctx context.Context) error {
+		for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
+			err := n.rejoin(ctx, reason)
+			switch {
+			case err == nil:
+				if sleep(ctx, answerTime) == nil { // an operator may have asked for it as well
+					n.cancel(ErrReopen)
+				}
+				return nil
+			case status.Code(err) == codes.NotFound:
+				n.staysOut("the other members say so")
+				return nil
+			}
+			n.log.Warn("the node cannot join the cluster anew yet", logkey.Error, err)
+			n.fence(fmt.Errorf("this node is no member any more, and cannot join anew yet: %w", err))
+			if sleep(ctx, pause) != nil {
+				return nil
+			}
+		}
+	})
+}
+
+// wasRemoved is called when the node learns that it is no member any more, as often as it does. A node that has asked to be admitted
+// anew may have been: then it was removed to make room for itself, and the answer is on its way, or lost.
+func (n *Node) wasRemoved(reason string) {
+	switch id := n.identity.get(); {
+	case id.Node != n.cfg.Node: // as which it was removed: it comes back as another one
+	case !id.Rejoin.IsZero():
+		n.comeBack(reason)
+	default:
+		n.staysOut(reason)
+	}
+}
+
+// staysOut fences the node for good. A joining node may have been removed as well.
+func (n *Node) staysOut(reason string) {
 	err := n.identity.change(func(id *config.Identity) { id.State, id.Reason = config.StateRemoved, reason })
 	if err != nil {
 		n.log.Error("that this node was removed is not on disk", logkey.Error, err)
 	}
-	n.fence(fmt.Errorf("%w (%s)", errRemoved, reason))
+	err = fmt.Errorf("%w (%s)", errRemoved, reason)
+	n.fence(err)
+	n.states.set(stateRemoved, err.Error()) // it may have been fenced before, for another reason
 }
 
 // staysRemoved is what opening does for a node that was removed: it says so.
@@ -442,21 +485,7 @@ func (n *Node) othersSayRemoved(ctx context.Context) bool {
 // behind is what becomes of a node that the log has left behind: unattended, it joins the cluster anew.
 func (n *Node) behind(err error) {
 	n.fence(err)
-	n.alongside(func(ctx context.Context) error {
-		for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
-			asking, cancel := context.WithTimeout(ctx, askTimeout)
-			rejoining := n.rejoin(asking, err.Error())
-			cancel()
-			if rejoining == nil {
-				n.cancel(ErrReopen)
-				return nil
-			}
-			n.log.Warn("the node cannot join the cluster anew yet", logkey.Error, rejoining)
-			if sleep(ctx, pause) != nil {
-				return nil
-			}
-		}
-	})
+	n.comeBack(err.Error())
 }
 
 var _ consensus.Machine = (*observer)(nil)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -124,6 +125,9 @@ func (n *Node) Add(ctx context.Context, a admin.Applicant) (none admin.Admission
 	if err != nil {
 		return none, err
 	}
+	if err := n.checkCluster(m.Membership(), a); err != nil {
+		return none, err
+	}
 	id := m.Admitted(a.Request)
 	if id == 0 {
 		if id, err = n.admit(ctx, c, m, a); err != nil {
@@ -133,7 +137,7 @@ func (n *Node) Add(ctx context.Context, a admin.Applicant) (none admin.Admission
 	in := m.Membership()
 	member, is := in.Find(id)
 	if !is {
-		return none, admin.Refuse(codes.FailedPrecondition, "the node was admitted as %s, and removed since; remove its data_dir and join again", id)
+		return none, admin.Refuse(codes.NotFound, "the node was admitted as %s, and removed since; remove its data_dir and join again", id)
 	}
 	if a.Replaces != 0 {
 		if err := c.Remove(ctx, a.Replaces); err != nil {
@@ -155,6 +159,12 @@ func (n *Node) Add(ctx context.Context, a admin.Applicant) (none admin.Admission
 // admit has the log give an applicant its id.
 func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication.Machine, a admin.Applicant) (txn.NodeID, error) {
 	in := m.Membership()
+	if a.Replaces != 0 {
+		// First of all: a node that was removed takes this, and nothing else, for the last word.
+		if err := n.Members().Known(a.Replaces); err != nil {
+			return 0, err
+		}
+	}
 	entry := &codec.Admit{
 		Request: a.Request, Replaces: a.Replaces, RaftAddress: a.Raft, GRPCAddress: a.GRPC, HTTPAddress: a.HTTP, GatewayAddress: a.Gateway, Version: a.Version,
 	}
@@ -177,14 +187,11 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 		entry.Token = use
 	}
 	if a.Replaces != 0 {
-		if err := n.Members().Known(a.Replaces); err != nil {
+		if err := n.dispensable(ctx, in, a.Replaces); err != nil {
 			return 0, err
 		}
 		if a.Replaces == n.cfg.Node {
 			return 0, n.handOver(ctx, c)
-		}
-		if err := n.enoughWithout(ctx, a.Replaces); err != nil {
-			return 0, err
 		}
 	}
 	if err := propose(ctx, c, m, codec.AppendAdmit(nil, entry)); err != nil {
@@ -193,16 +200,25 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 	id := m.Admitted(a.Request)
 	if id == 0 {
 		return 0, admin.Refuse(codes.FailedPrecondition,
-			"the log has not admitted the node: there are %d data nodes, which is all that sequences can be divided among, or somebody else was quicker to use the token or to replace the node", replication.MaxSlots)
+			"the log has not admitted the node: there are %d data nodes, which is all that sequences can be divided among, or somebody else was quicker to use the token, to replace the node, or to take away the data that it would copy", replication.MaxSlots)
 	}
 	return id, nil
 }
 
-// checkApplicant refuses what cannot work, before it is in the log.
-func (n *Node) checkApplicant(in replication.Membership, a admin.Applicant) error {
+// checkCluster refuses a node that means another cluster.
+func (n *Node) checkCluster(in replication.Membership, a admin.Applicant) error {
 	if a.Cluster != n.cfg.Cluster {
 		return admin.Refuse(codes.FailedPrecondition, "this is cluster %q, and the node is configured for cluster %q", n.cfg.Cluster, a.Cluster)
 	}
+	if !a.ClusterID.IsZero() && a.ClusterID != in.Cluster {
+		// Its own may be there too, and others know it: whom the new one has left behind it does not have the last word about.
+		return admin.Refuse(codes.Aborted, "node %s belongs to cluster %s, and this is cluster %s, of the same name", a.Replaces, a.ClusterID, in.Cluster)
+	}
+	return nil
+}
+
+// checkApplicant refuses what cannot work, before it is in the log.
+func (n *Node) checkApplicant(in replication.Membership, a admin.Applicant) error {
 	for _, address := range []struct{ name, value string }{{"raft", a.Raft}, {"grpc", a.GRPC}} {
 		if _, _, err := net.SplitHostPort(address.value); err != nil || strings.ContainsAny(address.value, " \t\n") {
 			return admin.Refuse(codes.InvalidArgument, "advertise.%s: %q: must be host:port", address.name, address.value)
@@ -244,6 +260,35 @@ func (n *Node) handOver(ctx context.Context, c *consensus.Consensus) error {
 	return admin.ErrNotLeader
 }
 
+// dispensable returns a Refusal if the cluster would stand still without a member, or be without data.
+func (n *Node) dispensable(ctx context.Context, in replication.Membership, id txn.NodeID) error {
+	if err := n.enoughWithout(ctx, id); err != nil {
+		return err
+	}
+	return n.dataWithout(ctx, in, id)
+}
+
+// dataWithout returns a Refusal if a member has data and no other one can give a copy of its own now: one that has diverged,
+// or does not answer, may have none that can be used.
+func (n *Node) dataWithout(ctx context.Context, in replication.Membership, id txn.NodeID) error {
+	if m, _ := in.Find(id); m.Role != codec.RoleData || m.Incarnation == 0 {
+		return nil
+	}
+	fit, refused, err := n.donors(ctx, id)
+	if err != nil || len(fit) > 0 {
+		return err
+	}
+	if len(refused) == 0 {
+		return admin.Refuse(codes.FailedPrecondition, "node %s is the only member with data; join another one first", id)
+	}
+	var reasons []string
+	for _, other := range slices.Sorted(maps.Keys(refused)) {
+		reasons = append(reasons, fmt.Sprintf("node %s: %s", other, refused[other]))
+	}
+	return admin.Refuse(codes.FailedPrecondition, "node %s may be the last one with data that can be used: none of the others gives a copy (%s); mend one of them first",
+		id, strings.Join(reasons, "; "))
+}
+
 // enoughWithout returns a Refusal if less than a majority of the other voters is alive.
 func (n *Node) enoughWithout(ctx context.Context, id txn.NodeID) error {
 	var others []txn.NodeID
@@ -276,7 +321,7 @@ func (n *Node) enoughWithout(ctx context.Context, id txn.NodeID) error {
 		id, others, strings.Join(reasons, "; "))
 }
 
-// dead asks members, at once, and returns those that do not answer.
+// dead asks members, at once, and returns those that do not answer, or store nothing any more: a vote of theirs is worth nothing.
 func (n *Node) dead(ctx context.Context, ids []txn.NodeID) map[txn.NodeID]error {
 	ctx, cancel := context.WithTimeout(ctx, aliveTimeout)
 	defer cancel()
@@ -289,8 +334,14 @@ func (n *Node) dead(ctx context.Context, ids []txn.NodeID) map[txn.NodeID]error 
 		}
 		asking.Go(func() {
 			conn, err := n.peers.Conn(id)
+			var resp *pb.StatusResponse
 			if err == nil {
-				_, err = pb.NewClusterClient(conn).Status(ctx, &pb.StatusRequest{Local: true})
+				resp, err = pb.NewClusterClient(conn).Status(ctx, &pb.StatusRequest{Local: true})
+			}
+			for _, m := range resp.GetMembers() {
+				if m.LogFailure != "" {
+					err = fmt.Errorf("it stores nothing: %s", m.LogFailure)
+				}
 			}
 			if err != nil {
 				mu.Lock()
@@ -319,7 +370,7 @@ func (n *Node) Remove(ctx context.Context, id txn.NodeID, force bool, reason str
 			return admin.Refuse(codes.FailedPrecondition, "node %s is the only member with data; join another one first", id)
 		}
 		if !force {
-			if err := n.enoughWithout(ctx, id); err != nil {
+			if err := n.dispensable(ctx, in, id); err != nil {
 				return err
 			}
 		}
@@ -332,6 +383,9 @@ func (n *Node) Remove(ctx context.Context, id txn.NodeID, force bool, reason str
 		// First the log: the node reads there that it is removed, while it is still sent the log.
 		if err := propose(ctx, c, m, codec.AppendRemove(nil, codec.Remove{Node: id, Reason: reason})); err != nil {
 			return err
+		}
+		if !m.Membership().Removed(id) {
+			return admin.Refuse(codes.FailedPrecondition, "the log has not removed node %s: it is the only member with data, since another one was removed at the same time", id)
 		}
 	}
 	return changed(c.Remove(ctx, id))

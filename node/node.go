@@ -69,6 +69,7 @@ type Node struct {
 	retired   atomic.Bool               // see flow.go
 	fresh     atomic.Pointer[time.Time] // see access.go; nil: nothing is known to be shown yet
 	rejoining sync.Mutex                // held while the node asks to be admitted anew
+	returning atomic.Bool               // it asks until it is, unattended
 	pruning   atomic.Bool               // a Horizon entry of ours is under way
 	drained   atomic.Bool               // an operator has sent the clients away
 	ctx       context.Context

@@ -28,7 +28,7 @@ func ForceNewCluster(cfg config.Config, log *slog.Logger) (last txn.LogIndex, er
 		return 0, errors.New("this node has never been in the cluster: it has nothing to go on with")
 	}
 	if id.State == config.StateMember {
-		id.State, id.Previous, id.ClusterID = config.StateRecovering, id.ClusterID, txn.NewUUID()
+		id.State, id.Previous, id.ClusterID, id.Rejoin = config.StateRecovering, id.ClusterID, txn.NewUUID(), txn.UUID{}
 		if err := id.Save(cfg.DataDir); err != nil {
 			return 0, err
 		}

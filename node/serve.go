@@ -89,6 +89,9 @@ func (n *Node) status() admin.Status {
 	if s.Writes && n.access() != gateway.ReadWrite {
 		s.Writes, s.Reason = false, n.noQuorum().Error()
 	}
+	if err := c.Err(); err != nil {
+		s.LogFailure = err.Error()
+	}
 	view := c.Status()
 	s.Leader, s.Term, s.CommitIndex = view.Leader, view.Term, view.CommitIndex
 	switch view.State {

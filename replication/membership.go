@@ -160,9 +160,8 @@ func (m *members) admit(a codec.Admit) (c Change, ok bool) {
 	if !m.founded() || m.find(a.Request) != 0 {
 		return c, false
 	}
-	// The node that is replaced may have been removed meanwhile: whoever did that may not want another. And without the
-	// last member there would be nobody to get the data from.
-	if a.Replaces != 0 && (m.all[a.Replaces] == nil || len(m.all) == 1) {
+	// The node that is replaced may have been removed meanwhile: whoever did that may not want another.
+	if a.Replaces != 0 && (m.all[a.Replaces] == nil || !m.dataWithout(a.Replaces)) {
 		return c, false
 	}
 	slot := NoSlot
@@ -206,10 +205,21 @@ func (m *members) find(request txn.UUID) txn.NodeID {
 	return 0
 }
 
-// remove ends a membership. The last member stays: a cluster of nobody could not go on.
+// dataWithout reports whether another member than id has data: witnesses and nodes that are still joining could not go on.
+// Whoever proposes a removal has looked, but two may have looked at the same time.
+func (m *members) dataWithout(id txn.NodeID) bool {
+	for _, x := range m.all {
+		if x.Node != id && x.Role == codec.RoleData && x.Incarnation != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// remove ends a membership. The last member with data stays.
 func (m *members) remove(r codec.Remove) (c Change, ok bool) {
 	member := m.all[r.Node]
-	if !m.founded() || member == nil || len(m.all) == 1 {
+	if !m.founded() || member == nil || !m.dataWithout(r.Node) {
 		return c, false
 	}
 	delete(m.all, r.Node)

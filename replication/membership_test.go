@@ -39,6 +39,13 @@ func remove(id txn.NodeID) []byte {
 	return codec.AppendRemove(nil, codec.Remove{Node: id, Reason: "test"})
 }
 
+// start has members announce themselves: from then on they have data.
+func (r *recorder) start(nodes ...txn.NodeID) {
+	for _, id := range nodes {
+		r.entry(codec.AppendMember(nil, &codec.Member{Node: id, Incarnation: uint64(id)}))
+	}
+}
+
 func TestMembership(t *testing.T) {
 	r := newRecorder()
 	r.entry(admit(1, 0)) // nobody is, so nobody can join
@@ -92,6 +99,8 @@ func TestMembership(t *testing.T) {
 func TestRemovedNode(t *testing.T) {
 	r := newRecorder()
 	r.entry(found(cluster, txn.UUID{}, 1, 2))
+	r.start(1, 2)
+	r.announced = nil
 	r.entry(transactions(set(gid(2, 1), 0, 1)))
 	r.entry(chunk(gid(2, 2), 0))
 	r.entry(remove(2))
@@ -124,6 +133,34 @@ func TestRemovedNode(t *testing.T) {
 	}
 }
 
+// TestLastData: whoever goes, and whoever asks at the same time, a member with data stays.
+func TestLastData(t *testing.T) {
+	r := newRecorder()
+	r.entry(found(cluster, txn.UUID{}, 1, 2))
+	r.entry(codec.AppendAdmit(nil, &codec.Admit{Request: request(1), Role: codec.RoleWitness})) // node 3
+	r.start(1, 2, 3)
+	r.entry(admit(2, 1)) // node 4, without data yet
+	if r.Admitted(request(2)) != 4 {
+		t.Fatal("one of two nodes with data was not let join anew")
+	}
+	r.entry(admit(3, 2))
+	r.entry(remove(2))
+	if m := r.Membership(); r.Admitted(request(3)) != 0 || m.Removed(2) {
+		t.Fatalf("the last data went: %+v", m)
+	}
+	// Who has no data may come anew and go.
+	r.entry(codec.AppendAdmit(nil, &codec.Admit{Request: request(4), Role: codec.RoleWitness, Replaces: 3}))
+	r.entry(admit(5, 4))
+	if r.Admitted(request(4)) != 5 || r.Admitted(request(5)) != 6 {
+		t.Errorf("a witness and a joining node were not let join anew: %+v", r.Membership())
+	}
+	r.start(6)
+	r.entry(remove(2))
+	if !r.Membership().Removed(2) {
+		t.Error("a node was not removed although another one has data")
+	}
+}
+
 func TestAnotherCluster(t *testing.T) {
 	r := newRecorder()
 	r.entry(found(cluster, txn.UUID{}, 1, 2, 3))
@@ -153,6 +190,7 @@ func TestSlots(t *testing.T) {
 			founders = append(founders, txn.NodeID(id+1))
 		}
 		r.entry(found(cluster, txn.UUID{}, founders...))
+		r.start(founders...)
 		ever := map[txn.NodeID]bool{}
 		for _, id := range founders {
 			ever[id] = true
@@ -178,6 +216,7 @@ func TestSlots(t *testing.T) {
 				}
 				continue
 			}
+			r.start(id)
 			if ever[id] {
 				t.Fatalf("id %s is given again", id)
 			}

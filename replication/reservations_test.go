@@ -19,6 +19,7 @@ func TestReservations(t *testing.T) {
 		return codec.AppendReserve(nil, &codec.Reserve{Node: node, All: all, Sequences: sequences})
 	}
 	apply(m, codec.AppendFound(nil, &codec.Found{Cluster: txn.UUID{1}, Founders: []codec.Founder{{Node: 1, Slot: 0}, {Node: 2, Slot: 1}}}))
+	apply(m, codec.AppendMember(nil, &codec.Member{Node: 1, Incarnation: 1})) // it has data, so that the other one can be removed
 	apply(m, reserve(2, true, codec.Reservation{Name: "public.a", Value: 500}, codec.Reservation{Name: "public.b", Value: -7}))
 	apply(m, reserve(2, false, codec.Reservation{Name: "public.a", Value: 900}))
 	apply(m, reserve(9, true, codec.Reservation{Name: "public.a", Value: 1}))

@@ -76,7 +76,7 @@ func removeCommand() *cobra.Command {
 		Short: "Take a node out of the cluster for good, whether it runs or not",
 		Long: "Take a node out of the cluster for good, whether it runs or not. Its id is never used again; it can come back as a new node only.\n" +
 			"Clients that are connected to it are cut off: use \"quorate leave\" for a node that works. What would leave less than a majority\n" +
-			"of the remaining voters alive is refused, unless forced.",
+			"of the remaining voters alive, or no active node with data, is refused, unless forced.",
 	}, changeTimeout, func(ctx context.Context, c pb.MembershipClient, id uint32) (string, error) {
 		_, err := c.Remove(ctx, &pb.RemoveRequest{Node: id, Force: force, Reason: reason})
 		return fmt.Sprintf("node %d is removed", id), err

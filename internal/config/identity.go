@@ -38,10 +38,13 @@ type Identity struct {
 	Previous txn.UUID `yaml:"previous,omitempty"`
 	// Request is what it was admitted by, or asks by; zero: it has founded the cluster.
 	Request txn.UUID `yaml:"request,omitempty"`
-	// Peers, Token and Replaces are those of an applying node: gRPC addresses of members to ask, what lets a stranger in,
-	// and the member that it was.
-	Peers    []string   `yaml:"peers,omitempty"`
-	Token    string     `yaml:"token,omitempty"`
+	// Peers and Token are those of an applying node: gRPC addresses of members to ask, and what lets a stranger in.
+	Peers []string `yaml:"peers,omitempty"`
+	Token string   `yaml:"token,omitempty"`
+	// Rejoin is the request by which the node has asked to be admitted anew, in its own place; zero: it never has. Until it
+	// hears that it was, it is what State says. An answer may be lost: it asks by the same request again.
+	Rejoin txn.UUID `yaml:"rejoin,omitempty"`
+	// Replaces is the member that a joining node was.
 	Replaces txn.NodeID `yaml:"replaces,omitempty"`
 	// Reason is why it was removed.
 	Reason string `yaml:"reason,omitempty"`

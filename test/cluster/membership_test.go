@@ -407,13 +407,17 @@ func TestWitness(t *testing.T) {
 		check(t, c.AwaitState(ctx, lost, "active"))
 		writeAt(t, ctx, c, lost, lost+10)
 	}
+	resync(t, ctx, c, 3, 1) // as it does when the log has left it behind
 	if _, err := c.Change(ctx, "remove", 1, 3); err != nil {
 		t.Error(err)
 	}
-	out, err = c.Change(ctx, "remove", 2, 3)
-	if err == nil || !strings.Contains(err.Error()+out, "only member with data") {
-		t.Errorf("the last data was removed: %s, %v", out, err)
+	for _, command := range []string{"remove", "resync"} {
+		out, err := c.Change(ctx, command, 2, 3)
+		if err == nil || !strings.Contains(err.Error()+out, "only member with data") {
+			t.Errorf("%s of the last data: %s, %v", command, out, err)
+		}
 	}
+	writeAt(t, ctx, c, 2, 20)
 }
 
 // TestForceNewCluster: the only survivor of three goes on alone, with everything that was acknowledged while it lived; the
@@ -520,8 +524,6 @@ func TestSetBack(t *testing.T) {
 // when it is told to. The rows from number to number+2 are written.
 func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, backup func()) {
 	t.Helper()
-	before, err := c.ID(ctx, 2)
-	check(t, err)
 	data := filepath.Join(c.NodeDir(2), "pgdata")
 	backup()
 	check(t, c.StopNode(2))
@@ -535,12 +537,30 @@ func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, 
 		t.Errorf("it says %q", reason)
 	}
 	writeAt(t, ctx, c, 1, number+1) // it votes on
+	for _, command := range []string{"remove", "resync"} {
+		out, err := c.Change(ctx, command, 1, 2)
+		if err == nil || !strings.Contains(err.Error()+out, "may be the last one with data that can be used") {
+			t.Errorf("%s of the only data that can be used: %s, %v", command, out, err)
+		}
+	}
 
-	if _, err := c.Change(ctx, "resync", 2, 1); err != nil {
+	resync(t, ctx, c, 2, 1)
+	writeAt(t, ctx, c, 2, number+2)
+	if v, err := c.VerifyOnline(ctx, 1); err != nil || len(v.Members) != 2 || len(v.Differing) > 0 {
+		t.Errorf("verify: %+v, %v", v, err)
+	}
+}
+
+// resync has the node at a place join anew, by way of another, and waits until it is active as another one.
+func resync(t *testing.T, ctx context.Context, c *cluster.Cluster, place, by int) {
+	t.Helper()
+	before, err := c.ID(ctx, place)
+	check(t, err)
+	if _, err := c.Change(ctx, "resync", place, by); err != nil {
 		t.Fatal(err)
 	}
-	for id := before; id == before; { // until it is another
-		id, err = c.ID(ctx, 2)
+	for id := before; id == before; {
+		id, err = c.ID(ctx, place)
 		if err != nil {
 			id = before
 		}
@@ -550,11 +570,7 @@ func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, 
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	check(t, c.AwaitState(ctx, 2, "active"))
-	writeAt(t, ctx, c, 2, number+2)
-	if v, err := c.VerifyOnline(ctx, 1); err != nil || len(v.Members) != 2 || len(v.Differing) > 0 {
-		t.Errorf("verify: %+v, %v", v, err)
-	}
+	check(t, c.AwaitState(ctx, place, "active"))
 }
 
 // writeAt writes as soon as the node lets it.

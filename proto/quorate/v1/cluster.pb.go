@@ -242,8 +242,10 @@ type Member struct {
 	// How many milliseconds ago the answering node last heard from it, now included: absent if never since it started.
 	LastContactMs *uint64 `protobuf:"varint,18,opt,name=last_contact_ms,json=lastContactMs,proto3,oneof" json:"last_contact_ms,omitempty"`
 	// What it last said of itself in a heartbeat, and whom it hears; absent if nothing was ever heard.
-	Health        *Health  `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`
-	Hears         []*Heard `protobuf:"bytes,20,rep,name=hears,proto3" json:"hears,omitempty"`
+	Health *Health  `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`
+	Hears  []*Heard `protobuf:"bytes,20,rep,name=hears,proto3" json:"hears,omitempty"`
+	// Why it stores nothing more of the log, so that it cannot help to a majority; empty: it does.
+	LogFailure    string `protobuf:"bytes,21,opt,name=log_failure,json=logFailure,proto3" json:"log_failure,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -416,6 +418,13 @@ func (x *Member) GetHears() []*Heard {
 		return x.Hears
 	}
 	return nil
+}
+
+func (x *Member) GetLogFailure() string {
+	if x != nil {
+		return x.LogFailure
+	}
+	return ""
 }
 
 type VerifyRequest struct {
@@ -781,7 +790,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\x05 \x01(\x04R\vcommitIndex\x12\x10\n" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
-	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xc3\x05\n" +
+	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xe4\x05\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +
@@ -804,7 +813,9 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x10postgres_version\x18\x11 \x01(\tR\x0fpostgresVersion\x12+\n" +
 	"\x0flast_contact_ms\x18\x12 \x01(\x04H\x02R\rlastContactMs\x88\x01\x01\x12*\n" +
 	"\x06health\x18\x13 \x01(\v2\x12.quorate.v1.HealthR\x06health\x12'\n" +
-	"\x05hears\x18\x14 \x03(\v2\x11.quorate.v1.HeardR\x05hearsB\x0e\n" +
+	"\x05hears\x18\x14 \x03(\v2\x11.quorate.v1.HeardR\x05hears\x12\x1f\n" +
+	"\vlog_failure\x18\x15 \x01(\tR\n" +
+	"logFailureB\x0e\n" +
 	"\f_applied_csnB\x06\n" +
 	"\x04_lagB\x12\n" +
 	"\x10_last_contact_ms\"\x0f\n" +

@@ -264,7 +264,7 @@ type AddRequest struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Request         []byte                 `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`    // 16 bytes, drawn by whoever asks: asked again, the answer is the same
 	Role            string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`          // "data" (or empty) or "witness"
-	Replaces        uint32                 `protobuf:"varint,3,opt,name=replaces,proto3" json:"replaces,omitempty"` // a member that is removed at the same time
+	Replaces        uint32                 `protobuf:"varint,3,opt,name=replaces,proto3" json:"replaces,omitempty"` // a member that is removed at the same time; then no token is needed
 	RaftAddress     string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	GrpcAddress     string                 `protobuf:"bytes,5,opt,name=grpc_address,json=grpcAddress,proto3" json:"grpc_address,omitempty"`
 	HttpAddress     string                 `protobuf:"bytes,6,opt,name=http_address,json=httpAddress,proto3" json:"http_address,omitempty"`
@@ -273,8 +273,11 @@ type AddRequest struct {
 	PostgresVersion string                 `protobuf:"bytes,9,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"` // which the node would start; empty for a witness
 	Token           string                 `protobuf:"bytes,10,opt,name=token,proto3" json:"token,omitempty"`                                           // that lets a stranger join
 	Cluster         string                 `protobuf:"bytes,11,opt,name=cluster,proto3" json:"cluster,omitempty"`                                       // the name that the node is configured with
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// 16 bytes, of a node that replaces a member: the cluster that it belongs to. Another one, which goes on from an earlier one
+	// under the same name, answers ABORTED. Empty or zero: any.
+	ClusterId     []byte `protobuf:"bytes,12,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AddRequest) Reset() {
@@ -382,6 +385,13 @@ func (x *AddRequest) GetCluster() string {
 		return x.Cluster
 	}
 	return ""
+}
+
+func (x *AddRequest) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
 }
 
 type AddResponse struct {
@@ -1183,7 +1193,7 @@ const file_quorate_v1_membership_proto_rawDesc = "" +
 	"\aversion\x18\n" +
 	" \x01(\tR\aversion\x12)\n" +
 	"\x10postgres_version\x18\v \x01(\tR\x0fpostgresVersionB\a\n" +
-	"\x05_slot\"\xdd\x02\n" +
+	"\x05_slot\"\xfc\x02\n" +
 	"\n" +
 	"AddRequest\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\fR\arequest\x12\x12\n" +
@@ -1197,7 +1207,9 @@ const file_quorate_v1_membership_proto_rawDesc = "" +
 	"\x10postgres_version\x18\t \x01(\tR\x0fpostgresVersion\x12\x14\n" +
 	"\x05token\x18\n" +
 	" \x01(\tR\x05token\x12\x18\n" +
-	"\acluster\x18\v \x01(\tR\acluster\"p\n" +
+	"\acluster\x18\v \x01(\tR\acluster\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\f \x01(\fR\tclusterId\"p\n" +
 	"\vAddResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1d\n" +
 	"\n" +

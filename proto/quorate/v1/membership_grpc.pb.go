@@ -49,9 +49,9 @@ type MembershipClient interface {
 	// Add admits a node: it gets its id, and the log from now on, without a vote. The node then copies the data of another.
 	Add(ctx context.Context, in *AddRequest, opts ...grpc.CallOption) (*AddResponse, error)
 	// Remove ends a node's membership for good, whether it is running or not. What would leave less than a majority of the
-	// voters that remain alive is refused, unless forced.
+	// voters that remain alive, or no active node with data, is refused, unless forced; the last one that has data stays.
 	Remove(ctx context.Context, in *RemoveRequest, opts ...grpc.CallOption) (*RemoveResponse, error)
-	// Leave drains a node, and then removes it.
+	// Leave drains a node, and then removes it. A node that is not removed takes clients again.
 	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
 	// Promote gives a member a vote, Demote takes it.
 	Promote(ctx context.Context, in *PromoteRequest, opts ...grpc.CallOption) (*PromoteResponse, error)
@@ -63,7 +63,8 @@ type MembershipClient interface {
 	// Resume ends it, and so does a restart.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error)
-	// Resync has a node set its data aside and copy those of another, as a new member in its own place.
+	// Resync has a node set its data aside and copy those of another, as a new member in its own place. Repeated afterwards, it
+	// is NOT_FOUND: the member that was named is gone. It is refused unless another member with data is active.
 	Resync(ctx context.Context, in *ResyncRequest, opts ...grpc.CallOption) (*ResyncResponse, error)
 }
 
@@ -191,9 +192,9 @@ type MembershipServer interface {
 	// Add admits a node: it gets its id, and the log from now on, without a vote. The node then copies the data of another.
 	Add(context.Context, *AddRequest) (*AddResponse, error)
 	// Remove ends a node's membership for good, whether it is running or not. What would leave less than a majority of the
-	// voters that remain alive is refused, unless forced.
+	// voters that remain alive, or no active node with data, is refused, unless forced; the last one that has data stays.
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
-	// Leave drains a node, and then removes it.
+	// Leave drains a node, and then removes it. A node that is not removed takes clients again.
 	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
 	// Promote gives a member a vote, Demote takes it.
 	Promote(context.Context, *PromoteRequest) (*PromoteResponse, error)
@@ -205,7 +206,8 @@ type MembershipServer interface {
 	// Resume ends it, and so does a restart.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
-	// Resync has a node set its data aside and copy those of another, as a new member in its own place.
+	// Resync has a node set its data aside and copy those of another, as a new member in its own place. Repeated afterwards, it
+	// is NOT_FOUND: the member that was named is gone. It is refused unless another member with data is active.
 	Resync(context.Context, *ResyncRequest) (*ResyncResponse, error)
 	mustEmbedUnimplementedMembershipServer()
 }
