@@ -579,7 +579,7 @@ GRANT SELECT ON quorate.nodes, quorate.heartbeats, quorate.status, quorate.trans
 DO $$
 BEGIN
     -- they fire in the order of their names
-    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_before_ddl_start') THEN
+    IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'quorate_before_ddl_end') THEN
         CREATE EVENT TRIGGER quorate_before_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate.on_ddl();
         CREATE EVENT TRIGGER quorate_before_drop ON sql_drop EXECUTE FUNCTION quorate.on_ddl();
     END IF;
