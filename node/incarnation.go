@@ -58,6 +58,10 @@ type incarnation struct {
 // itself: until then its clients see no more than a node that lags.
 const applyRetry = 5 * time.Second
 
+// captureRetry is how long capture may get no further before the incarnation ends: until then COMMITs wait for it. The next one
+// makes the replication slot anew if that is gone.
+const captureRetry = 10 * time.Second
+
 // drawIncarnation returns what tells one life of a node from another.
 func drawIncarnation() (uint64, error) {
 	var id [8]byte
@@ -151,6 +155,7 @@ func (i *incarnation) open() error {
 		SpillDir: spill,
 		// Raft sends up to 128 entries in one message, so parts of large transactions are kept small.
 		Limits:     capture.Limits{Memory: int(n.cfg.Limits.CaptureMemory), PartSize: 256 << 10},
+		RetryFor:   captureRetry,
 		Logger:     n.log.With(logkey.Component, "capture"),
 		Registerer: i.metrics,
 	})

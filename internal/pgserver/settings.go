@@ -61,7 +61,7 @@ func rules(z Sizing) []rule {
 		// Until 17 this one bounds the replication origins as well.
 		atLeast("max_replication_slots", 0, max(slotsNeeded, z.origins()), "capture's slot, and before PostgreSQL 18 an origin for each apply worker"),
 		atLeast("max_active_replication_origins", 18, z.origins(), "an origin for each apply worker"),
-		{name: "idle_replication_slot_timeout", since: 18, value: "0", why: "an invalidated slot costs a new clone of the node"},
+		{name: "idle_replication_slot_timeout", since: 18, value: "0", why: "an invalidated slot interrupts capture, and hides commits that bypassed the gateway"},
 		{name: "wal_sender_timeout", value: "60s", optional: true},
 		{name: "logical_decoding_work_mem", value: "64MB", optional: true},
 		{name: "max_logical_replication_workers", value: "0", optional: true}, // a subscription would write past the gateway

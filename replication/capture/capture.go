@@ -79,8 +79,11 @@ type Config struct {
 	Catalog *pg.Catalog
 	Sink    Sink
 	// SpillDir holds spill files. It must exist and serve nothing else that is named like them.
-	SpillDir   string
-	Limits     Limits
+	SpillDir string
+	Limits   Limits
+	// RetryFor is for how long the stream may get no further, connection after connection, before Run gives up (10 s). No
+	// marker comes meanwhile, so every commit of this node waits that long.
+	RetryFor   time.Duration
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -102,6 +105,9 @@ func New(cfg Config) *Capture {
 	}
 	if cfg.Publication == "" {
 		cfg.Publication = pg.Publication
+	}
+	if cfg.RetryFor <= 0 {
+		cfg.RetryFor = 10 * time.Second
 	}
 	cfg.Limits = cfg.Limits.withDefaults()
 	return &Capture{cfg: cfg, metrics: newMetrics(cfg.Registerer), ready: make(chan struct{})}
@@ -142,14 +148,18 @@ func (c *Capture) setStreaming(on bool) {
 	c.streaming = on
 }
 
-// The wait after a lost connection, doubled each time until one lasts.
 const (
+	// The wait after a lost connection, doubled each time until one lasts.
 	firstBackoff = 100 * time.Millisecond
 	lastBackoff  = 5 * time.Second
+	// lasting is how long a connection lasts that was good for something even if it got no further: the server was idle.
+	// A change that the server cannot decode ends a connection sooner.
+	lasting = time.Minute
 )
 
-// Run receives until ctx is done, whose cause it returns. It connects again when the connection is lost, for as long
-// as that takes: the caller watches Ready. It fails at once only where trying again would not help.
+// Run receives until ctx is done, whose cause it returns. It connects again when the connection is lost, but fails when
+// that does not help for RetryFor, and at once where trying again cannot help. That connections can be made is not
+// enough: at a change that it cannot decode the server ends each of them, and never comes to what is behind it.
 func (c *Capture) Run(ctx context.Context) error {
 	if info, err := os.Stat(c.cfg.SpillDir); err != nil {
 		return fmt.Errorf("open spill directory: %w", err)
@@ -160,22 +170,33 @@ func (c *Capture) Run(ctx context.Context) error {
 		return err
 	}
 	backoff := firstBackoff
+	var reached pglogrepl.LSN
+	since := time.Now() // when a connection got further than the one before
 	for {
 		began := time.Now()
-		err := c.follow(ctx)
+		received, err := c.follow(ctx)
 		c.setStreaming(false)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		c.metrics.reconnects.Inc()
-		if time.Since(began) > lastBackoff {
+		lasted := time.Since(began)
+		if received > reached || lasted > lasting {
+			reached, since = max(reached, received), time.Now()
+		}
+		if lasted > lastBackoff {
 			backoff = firstBackoff
 		}
-		c.cfg.Logger.Warn("replication stream lost, connecting again", logkey.Error, err, logkey.Duration, backoff)
+		left := c.cfg.RetryFor - time.Since(since)
+		if left <= 0 {
+			return fmt.Errorf("the replication stream has got no further for %v: %w", c.cfg.RetryFor, err)
+		}
+		wait := min(backoff, left)
+		c.cfg.Logger.Warn("replication stream lost, connecting again", logkey.Error, err, logkey.Duration, wait)
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-time.After(backoff):
+		case <-time.After(wait):
 		}
 		backoff = min(2*backoff, lastBackoff)
 	}
@@ -245,12 +266,12 @@ func (c *Capture) connConfig(reader *bulkReader) *pgconn.Config {
 // closeTimeout bounds the farewell to a server that may be gone.
 const closeTimeout = 2 * time.Second
 
-// follow receives over one connection until that or ctx ends.
-func (c *Capture) follow(ctx context.Context) (err error) {
+// follow receives over one connection until that or ctx ends, and returns how far it got.
+func (c *Capture) follow(ctx context.Context) (received pglogrepl.LSN, err error) {
 	reader := new(bulkReader)
 	conn, err := pgconn.ConnectConfig(ctx, c.connConfig(reader))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() {
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
@@ -265,14 +286,15 @@ func (c *Capture) follow(ctx context.Context) (err error) {
 		},
 	})
 	if err != nil {
-		return fmt.Errorf("start replication from slot %s: %w", c.cfg.Slot, err)
+		return 0, fmt.Errorf("start replication from slot %s: %w", c.cfg.Slot, err)
 	}
 	f := &follower{conn: conn, interval: c.cfg.Limits.StatusInterval}
 	f.stream = newStream(c.cfg, c.metrics, f.alive)
 	defer f.stream.close()
 	reader.stream = f.stream
 	c.setStreaming(true)
-	return f.run(ctx)
+	err = f.run(ctx)
+	return f.received, err
 }
 
 // follower is one replication connection. Everything happens on the goroutine of run.

@@ -1,9 +1,11 @@
 package capture
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
+	"github.com/quorate/quorate/replication/pg"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -421,6 +425,99 @@ func TestSpill(t *testing.T) {
 	if got := counter(t, n, "quorate_capture_memory_bytes", ""); got != 0 {
 		t.Errorf("%v bytes left in the books", got)
 	}
+}
+
+// TestGivesUp: Run does not try for ever, neither to connect nor, connection after connection, to get past a change that the
+// server cannot decode. What is wrong with the slot pg.Install mends, also when the server has invalidated it.
+func TestGivesUp(t *testing.T) {
+	t.Parallel()
+	server := newServer(t, 17)
+	config := parseConfig(t, server)
+	conn := pgtest.Connect(t, server, "postgres")
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	install := func() {
+		t.Helper()
+		if _, err := pg.Install(t.Context(), conn.PgConn(), pg.Identity{Cluster: "test", Node: 1, MaxNodes: 4}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// follow runs a capture until it gives up, or after ready for as long as the test wants.
+	follow := func(ready func(stop func())) error {
+		t.Helper()
+		catalog := pg.NewCatalog(config)
+		defer func() {
+			if err := catalog.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}()
+		c := New(Config{
+			Conn: config, Database: "postgres", Catalog: catalog, Sink: newRecorder(), SpillDir: t.TempDir(), RetryFor: time.Second,
+			Logger: slog.New(slog.NewTextHandler(t.Output(), nil)), Registerer: prometheus.NewRegistry(),
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		done := make(chan error, 1)
+		go func() { done <- c.Run(ctx) }()
+		select {
+		case err := <-done:
+			return err
+		case <-c.Ready():
+			ready(cancel)
+			return <-done
+		}
+	}
+	stops := func(stop func()) { stop() }
+	lost := func(stop func()) {}
+	gaveUp := func(when, reason string, err error) {
+		t.Helper()
+		if err == nil || !strings.Contains(err.Error(), "no further for 1s") || !strings.Contains(err.Error(), reason) {
+			t.Errorf("%s: Run: %v", when, err)
+		}
+	}
+	if err := follow(stops); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Run: %v", err)
+	}
+	for left := 1; left > 0; { // it is active until the server has noticed
+		if err := conn.QueryRow(t.Context(), "SELECT count(*) FROM pg_replication_slots WHERE active").Scan(&left); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("SELECT pg_drop_replication_slot('quorate')")
+	gaveUp("the slot is gone", `"quorate" does not exist`, follow(lost))
+	install()
+	if err := follow(stops); !errors.Is(err, context.Canceled) {
+		t.Errorf("with another slot: Run: %v", err)
+	}
+
+	exec("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+	exec("SELECT pg_reload_conf()")
+	for status := ""; status != "lost"; {
+		exec("SELECT pg_logical_emit_message(false, 'filler', repeat('x', 10000000))")
+		exec("SELECT pg_switch_wal()")
+		exec("CHECKPOINT")
+		if err := conn.QueryRow(t.Context(), "SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'quorate'").Scan(&status); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("ALTER SYSTEM RESET max_slot_wal_keep_size")
+	exec("SELECT pg_reload_conf()")
+	gaveUp("the slot is invalidated", "slot", follow(lost))
+	install()
+	if err := follow(stops); !errors.Is(err, context.Canceled) {
+		t.Errorf("in place of an invalidated slot: Run: %v", err)
+	}
+
+	// Connections can be made, and each ends at the same place.
+	exec("SET session_replication_role = replica")
+	exec("DROP PUBLICATION quorate")
+	exec("CREATE TABLE undecodable (id int)")
+	exec("INSERT INTO undecodable VALUES (1)")
+	gaveUp("a change cannot be decoded", `publication "quorate" does not exist`, follow(lost))
 }
 
 // TestRunRefusesSpillDirectory: what trying again does not mend is an error at once.

@@ -105,19 +105,35 @@ func Install(ctx context.Context, conn *pgconn.PgConn, id Identity) (token strin
 	if _, err := conn.Exec(ctx, script).ReadAll(); err != nil {
 		return "", fmt.Errorf("install schema quorate: %w", err)
 	}
-	var slots string
-	if err := scan(ctx, conn, `SELECT count(*)::text FROM pg_replication_slots WHERE slot_name = '`+Slot+`'`, &slots); err != nil {
+	if err := ensureSlot(ctx, conn); err != nil {
 		return "", err
-	}
-	if slots == "0" {
-		if _, err := conn.Exec(ctx, `SELECT pg_create_logical_replication_slot('`+Slot+`', 'pgoutput')`).ReadAll(); err != nil {
-			return "", fmt.Errorf("create replication slot %s: %w", Slot, err)
-		}
 	}
 	if err := scan(ctx, conn, `SELECT token::text FROM quorate.identity`, &token); err != nil {
 		return "", err
 	}
 	return token, nil
+}
+
+// ensureSlot makes the replication slot, also where there was one that somebody has dropped, or that the server has
+// invalidated. Nothing in flight needs the old one: open transactions have ended with the sessions (Settle), and what is
+// decided is in the log. Only commits past the gateway that it had not streamed yet are not noticed any more.
+func ensureSlot(ctx context.Context, conn *pgconn.PgConn) error {
+	var status string
+	if err := scan(ctx, conn, `SELECT coalesce((SELECT coalesce(wal_status, '') FROM pg_replication_slots WHERE slot_name = '`+Slot+`'), 'none')`, &status); err != nil {
+		return err
+	}
+	if status == "lost" {
+		if _, err := conn.Exec(ctx, `SELECT pg_drop_replication_slot('`+Slot+`')`).ReadAll(); err != nil {
+			return fmt.Errorf("drop invalidated replication slot %s: %w", Slot, err)
+		}
+		status = "none"
+	}
+	if status == "none" {
+		if _, err := conn.Exec(ctx, `SELECT pg_create_logical_replication_slot('`+Slot+`', 'pgoutput')`).ReadAll(); err != nil {
+			return fmt.Errorf("create replication slot %s: %w", Slot, err)
+		}
+	}
+	return nil
 }
 
 // Settle ends every other client backend of the database and waits until it is gone: what an earlier incarnation of
