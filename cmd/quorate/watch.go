@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -66,8 +68,7 @@ type watcher struct {
 
 	view   *pb.View
 	came   time.Time
-	events []eventForm
-	told   uint64 // the newest event of those
+	events []eventForm // the latest, of all members, the newest first
 }
 
 // The terminal's other screen is used, so that what was there before is there afterwards.
@@ -127,21 +128,15 @@ func (w *watcher) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	views, failed := make(chan *pb.View), make(chan error, 1)
-	go func() {
-		for {
-			v, err := stream.Recv()
-			if err != nil {
-				failed <- err
-				return
-			}
-			select {
-			case views <- v:
-			case <-ctx.Done():
-				return
-			}
+	views, news, failed := make(chan *pb.View), make(chan *pb.FollowResponse), make(chan error, 2)
+	go receive(ctx, stream, views, failed)
+	if w.format == "table" {
+		events, err := w.followEvents(ctx)
+		if err != nil {
+			return err
 		}
-	}()
+		go receive(ctx, events, news, failed)
+	}
 	silence := time.NewTimer(stale)
 	defer silence.Stop()
 	for {
@@ -149,15 +144,14 @@ func (w *watcher) follow(ctx context.Context) error {
 		case w.view = <-views:
 			w.came = time.Now()
 			silence.Reset(stale)
-			if err := w.update(ctx); err != nil {
-				return err
-			}
 			if err := w.show(""); err != nil {
 				return err
 			}
 			if w.left--; !w.endless && w.left <= 0 {
 				return nil
 			}
+		case r := <-news: // shown with the next view, within a second
+			w.note(r.Events)
 		case <-silence.C:
 			silence.Reset(stale)
 			if err := w.show("no news from " + w.address); err != nil {
@@ -169,25 +163,50 @@ func (w *watcher) follow(ctx context.Context) error {
 	}
 }
 
+// receive hands over what a stream brings, and then why it has ended.
+func receive[T any](ctx context.Context, from grpc.ServerStreamingClient[T], to chan<- *T, failed chan<- error) {
+	for {
+		m, err := from.Recv()
+		if err != nil {
+			failed <- err
+			return
+		}
+		select {
+		case to <- m:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // maxEvents is how many events fit below the rest.
 const maxEvents = 8
 
-// update gets the latest events if there are new ones. What comes of it is shown with the next view otherwise.
-func (w *watcher) update(ctx context.Context) error {
-	if w.format != "table" || w.view.LastEvent == w.told {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, w.timeout)
+// followEvents gets the latest events, of all members, and a stream of those that follow.
+func (w *watcher) followEvents(ctx context.Context) (grpc.ServerStreamingClient[pb.FollowResponse], error) {
+	began := time.Now()
+	asking, cancel := context.WithTimeout(ctx, w.timeout)
 	defer cancel()
-	r, err := pb.NewObserveClient(w.conn).Events(ctx, &pb.EventsRequest{Limit: maxEvents})
+	client := pb.NewObserveClient(w.conn)
+	r, err := client.Events(asking, &pb.EventsRequest{Limit: maxEvents})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	w.told, w.events = w.view.LastEvent, nil
-	for _, e := range r.Events {
+	w.events = nil
+	w.note(r.Events)
+	// Of a member that has not answered, what happens from now on.
+	return client.Follow(ctx, &pb.FollowRequest{After: r.Cursors, SinceMs: began.UnixMilli()})
+}
+
+// note adds events to the latest.
+func (w *watcher) note(all []*pb.Event) {
+	for _, e := range all {
 		w.events = append(w.events, newEventForm(e))
 	}
-	return nil
+	slices.SortStableFunc(w.events, func(a, b eventForm) int {
+		return cmp.Or(b.Time.Compare(a.Time), cmp.Compare(a.Node, b.Node), cmp.Compare(b.Number, a.Number))
+	})
+	w.events = w.events[:min(len(w.events), maxEvents)]
 }
 
 // show shows the view, and what is wrong with it.
@@ -227,7 +246,7 @@ func (w *watcher) print(problem string) error {
 		s.line()
 		s.matrix(v)
 		s.line()
-		s.events(w.events[:min(len(w.events), maxEvents)])
+		s.events(w.events)
 	}
 	text := s.text.String()
 	if w.live {
