@@ -44,10 +44,19 @@ func (n *Node) part(index txn.LogIndex) ([]byte, error) {
 // openIncarnation begins the first incarnation. What keeps the first one of all from beginning is most likely a mistake
 // that somebody who is just starting the node wants to hear of. A node that has been in the cluster votes meanwhile.
 func (n *Node) openIncarnation(ctx context.Context) error {
+	if n.fenced.Err() != nil { // the log is lost
+		if n.cfg.Postgres.Managed {
+			return n.describeServer(ctx)
+		}
+		return nil
+	}
 	i, err := n.begin(ctx)
+	var lost logLost
 	described := n.server != nil || !n.cfg.Postgres.Managed // the gateway must know where the server will be
 	switch {
 	case err == nil:
+	case errors.As(err, &lost):
+		return n.loseLog(lost)
 	case errors.Is(err, errSetBack):
 		// Somebody has to do something about the data. The node votes on, and says so.
 		n.fence(err)
@@ -75,10 +84,10 @@ func (n *Node) accompanyAll(context.Context) error {
 	go func() {
 		defer close(n.lived)
 		switch {
-		case n.cfg.Witness():
-			n.liveWithout(n.attend(n.fenced))
 		case n.fenced.Err() != nil:
 			n.liveWithout(context.Cause(n.fenced))
+		case n.cfg.Witness():
+			n.liveWithout(n.attend(n.fenced))
 		default:
 			n.live(n.fenced, n.current.Load())
 		}
@@ -92,10 +101,10 @@ func (n *Node) accompanyAll(context.Context) error {
 }
 
 func (n *Node) openConsensus(context.Context) error {
-	if err := n.checkLog(); err != nil {
-		return err
-	}
 	id := n.identity.get()
+	if id.LogLost != "" {
+		return nil
+	}
 	var follower consensus.Machine = n.observer.Load()
 	if i := n.current.Load(); i != nil {
 		follower = machine{i}

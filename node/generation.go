@@ -41,7 +41,7 @@ func compareServer(known config.Server, found pg.Mark) error {
 	case found.Generation < known.Generation:
 		return fmt.Errorf("PostgreSQL was set back: it has been started %d times, as far as it knows, and %d times as far as the data directory does: %w", found.Generation, known.Generation, errSetBack)
 	default:
-		return fmt.Errorf("the data directory was set back: PostgreSQL has been started %d times, as far as it knows, and %d times as far as the data directory does: %w", found.Generation, known.Generation, errSetBack)
+		return logLost(fmt.Sprintf("the data directory was set back: PostgreSQL has been started %d times, as far as it knows, and %d times as far as the data directory does", found.Generation, known.Generation))
 	}
 	return nil
 }
@@ -134,18 +134,4 @@ func (n *Node) noteFlushed(lsn txn.LSN) {
 	if err != nil {
 		n.log.Debug("note how far the WAL is", logkey.Error, err)
 	}
-}
-
-// checkLog refuses to go on without the log: a node that voted could vote again, and one that was alone would found its
-// cluster anew.
-func (n *Node) checkLog() error {
-	id := n.identity.get()
-	if !id.Started {
-		return nil
-	}
-	dir := id.RaftDir(n.cfg.DataDir)
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("the log of this node, %s, is missing: %w", dir, errSetBack)
-	}
-	return nil
 }

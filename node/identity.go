@@ -10,10 +10,12 @@ import (
 type identity struct {
 	dir string
 
-	mu  sync.Mutex
-	now config.Identity
+	changing sync.Mutex
+	mu       sync.Mutex // never held while something is written: who only reads must not wait for a disk
+	now      config.Identity
 }
 
+// get returns what the caller must not change where it is shared: the elements of slices.
 func (i *identity) get() config.Identity {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -22,13 +24,15 @@ func (i *identity) get() config.Identity {
 
 // change is on disk before anybody sees it.
 func (i *identity) change(f func(*config.Identity)) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	next := i.now
+	i.changing.Lock()
+	defer i.changing.Unlock()
+	next := i.get()
 	f(&next)
 	if err := next.Save(i.dir); err != nil {
 		return err
 	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	i.now = next
 	return nil
 }

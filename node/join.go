@@ -149,7 +149,7 @@ func (n *Node) admitted(resp *pb.AddResponse) error {
 		}
 		id.State, id.Node, id.ClusterID = config.StateJoining, txn.NodeID(resp.Node), txn.UUID(resp.ClusterId)
 		id.Peers, id.Token, id.Server, id.Started = resp.Peers, "", config.Server{}, false
-		id.Previous = txn.UUID{}
+		id.Previous, id.LogLost, id.Members = txn.UUID{}, "", nil
 	})
 }
 
@@ -249,6 +249,9 @@ func (n *Node) becomeMember(ctx context.Context) error {
 		if err := n.identity.change(func(id *config.Identity) { id.Started = true }); err != nil {
 			return err
 		}
+	}
+	if err := n.noteMembers(); err != nil {
+		return err
 	}
 	if !n.identity.joining() {
 		return nil
@@ -450,6 +453,11 @@ func (n *Node) watchMembership(ctx context.Context) error {
 			return nil
 		}
 		n.removeLeftovers(ctx)
+		if n.states.current().name == stateActive { // what is read of the log before that is of long ago
+			if err := n.noteMembers(); err != nil {
+				n.log.Debug("note who the members are", logkey.Error, err) // a disk that is full is noticed by whoever needs it
+			}
+		}
 		if time.Since(c.QuorumContact()) > askRemovedAfter && time.Since(asked) > askRemovedAfter {
 			asked = time.Now()
 			if n.othersSayRemoved(ctx) {

@@ -61,6 +61,15 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 
 // liveWithout says why there will be no more incarnation.
 func (n *Node) liveWithout(cause error) {
+	var lost logLost
+	if errors.As(cause, &lost) && n.consensus.Load() != nil {
+		// PostgreSQL, which was away when the node started, says so only now. It begins again, without the log.
+		if err := n.loseLog(lost); err == nil {
+			n.cancel(ErrReopen)
+		} else {
+			n.log.Error("that the log is lost is not on disk", logkey.Error, err)
+		}
+	}
 	switch {
 	case errors.Is(cause, errClosed):
 	case errors.Is(cause, errRemoved):

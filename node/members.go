@@ -44,12 +44,16 @@ func (n *Node) servers() []consensus.Member {
 	return nil
 }
 
-// members returns all members as of now, this node included, by id. Who they are the log says, or before it has founded
-// the cluster, the list of those who found it. How they are reached, they have announced; of those who never have, Raft
+// members returns all members as of now, this node included, by id. Who they are the log says; before it has founded
+// the cluster, the list of those who found it; and without a log, what was noted last. How they are reached, they have announced; of those who never have, Raft
 // knows the addresses.
 func (n *Node) members() []admin.Member {
 	known := make(map[txn.NodeID]admin.Member)
-	for _, m := range n.cfg.Members {
+	listed := n.cfg.Members
+	if noted := n.identity.get().Members; len(noted) > 0 {
+		listed = noted
+	}
+	for _, m := range listed {
 		known[m.ID] = admin.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway, Witness: m.Witness()}
 	}
 	for _, s := range n.servers() {

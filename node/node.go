@@ -50,7 +50,7 @@ type Node struct {
 	server    *pgserver.Server // nil: PostgreSQL is not managed by us
 	current   atomic.Pointer[incarnation]
 	observer  atomic.Pointer[observer]            // what follows the log before there is an incarnation, or instead of one
-	consensus atomic.Pointer[consensus.Consensus] // the log begins to play before Open has returned it
+	consensus atomic.Pointer[consensus.Consensus] // the log begins to play before Open has returned it; nil: removed, or the log is lost
 	gateway   atomic.Pointer[gateway.Gateway]
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
@@ -138,6 +138,7 @@ func (n *Node) steps() []step {
 	if id.State == config.StateRemoved {
 		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC})
 	}
+	steps = append(steps, step{"log", n.checkLog})
 	switch {
 	case n.cfg.Witness():
 		steps = append(steps, step{"witness", n.openObserver})

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
@@ -27,6 +28,9 @@ func ForceNewCluster(cfg config.Config, log *slog.Logger) (last txn.LogIndex, er
 	case !id.Started:
 		return 0, errors.New("this node has never been in the cluster: it has nothing to go on with")
 	}
+	if _, err := os.Stat(id.RaftDir(cfg.DataDir)); err != nil {
+		return 0, fmt.Errorf("this node's log is missing, and with it what it could go on with: %w", err)
+	}
 	if id.State == config.StateMember {
 		id.State, id.Previous, id.ClusterID, id.Rejoin = config.StateRecovering, id.ClusterID, txn.NewUUID(), txn.UUID{}
 		if err := id.Save(cfg.DataDir); err != nil {
@@ -40,6 +44,6 @@ func ForceNewCluster(cfg config.Config, log *slog.Logger) (last txn.LogIndex, er
 	if err != nil {
 		return 0, err
 	}
-	id.State = config.StateMember
+	id.State, id.LogLost = config.StateMember, ""
 	return last, id.Save(cfg.DataDir)
 }

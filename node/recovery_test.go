@@ -201,15 +201,7 @@ func TestWholeNodeSetBack(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for s := n.states.current(); s.name != stateFailed; s = n.states.current() {
-					if s.name == stateActive || ctx.Err() != nil {
-						t.Fatalf("the node is %+v", s)
-					}
-					select {
-					case <-ctx.Done():
-					case <-time.After(time.Millisecond):
-					}
-				}
+				awaitFailed(t, ctx, n)
 				if s := n.states.current(); !strings.Contains(s.reason, "set back") || !strings.Contains(s.reason, "quorate resync") {
 					t.Errorf("it says %q", s.reason)
 				}
@@ -218,6 +210,20 @@ func TestWholeNodeSetBack(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// awaitFailed waits until the node is fenced, which it must be before it is active.
+func awaitFailed(t *testing.T, ctx context.Context, n *Node) {
+	t.Helper()
+	for s := n.states.current(); s.name != stateFailed; s = n.states.current() {
+		if s.name == stateActive || ctx.Err() != nil {
+			t.Fatalf("the node is %+v", s)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
 
@@ -260,5 +266,56 @@ func TestForceNewClusterTwice(t *testing.T) {
 	}
 	if err := n.Close(ctx); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestLogLost: a node whose log is missing, or as it was long ago, says so and does not vote, not in later starts either.
+func TestLogLost(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg := loneNode(t)
+	n := openNode(t, ctx, cfg)
+	if err := n.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	backup := claim(t, cfg)
+	if len(backup.Members) != 1 {
+		t.Errorf("it has not noted who the members are: %+v", backup.Members)
+	}
+	n = openNode(t, ctx, cfg)
+	if err := n.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	latest := claim(t, cfg)
+	log := latest.RaftDir(cfg.DataDir)
+	for _, step := range []struct {
+		name  string
+		spoil func() error
+		says  string
+	}{
+		{"set back", func() error { return backup.Save(cfg.DataDir) }, "data directory was set back"},
+		{"missing", func() error { return errors.Join(latest.Save(cfg.DataDir), os.Rename(log, log+".away")) }, "is missing"},
+		{"there again", func() error { return os.Rename(log+".away", log) }, "is missing"},
+	} {
+		if err := step.spoil(); err != nil {
+			t.Fatal(err)
+		}
+		n, err := Open(ctx, cfg, claim(t, cfg), "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+		if err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		if n.consensus.Load() != nil {
+			t.Errorf("%s: it votes", step.name)
+		}
+		awaitFailed(t, ctx, n)
+		if s := n.states.current(); !strings.Contains(s.reason, step.says) || !strings.Contains(s.reason, "quorate resync") {
+			t.Errorf("%s: it says %q", step.name, s.reason)
+		}
+		if m := n.members(); len(m) != 1 || m[0].GRPC != cfg.Listen.GRPC {
+			t.Errorf("%s: members %+v", step.name, m)
+		}
+		if err := n.Close(ctx); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

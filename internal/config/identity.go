@@ -50,6 +50,11 @@ type Identity struct {
 	Reason string `yaml:"reason,omitempty"`
 	// Started says that the node has been in the cluster: its log is worth something, and must be there.
 	Started bool `yaml:"started,omitempty"`
+	// LogLost is why the log is not worth anything any more: votes and entries that the node has given its word for are
+	// not in it. It is not opened again. Empty: it is.
+	LogLost string `yaml:"log_lost,omitempty"`
+	// Members are those of the cluster, this node included, as of late: whom a node without a log can ask.
+	Members []Member `yaml:"members,omitempty"`
 	// Server is the PostgreSQL that the node had last.
 	Server Server `yaml:"server,omitempty"`
 }

@@ -471,8 +471,8 @@ func TestForceNewCluster(t *testing.T) {
 	}
 }
 
-// TestSetBack: a node whose PostgreSQL comes from a backup does not go on as if nothing had been. It says what is wrong, and
-// gets its data anew when it is told to.
+// TestSetBack: a node whose PostgreSQL or data directory comes from a backup does not go on as if nothing had been. It says what
+// is wrong, and gets its data anew when it is told to.
 func TestSetBack(t *testing.T) {
 	t.Parallel()
 	c, ctx := grown(t, 2)
@@ -483,14 +483,14 @@ func TestSetBack(t *testing.T) {
 	must(t, ctx, conn, "CREATE TABLE kept (n int PRIMARY KEY)")
 	check(t, conn.Close(ctx))
 	data := filepath.Join(c.NodeDir(2), "pgdata")
-	setBack(t, ctx, c, 1, func() {
+	setBack(t, ctx, c, 1, true, func() {
 		check(t, c.StopNode(2))
 		check(t, exec.CommandContext(ctx, "cp", "-a", data, data+".backup").Run()) // with its owner
 		check(t, c.StartNode(2))
 		writeAt(t, ctx, c, 2, 1)
 	})
 	// A copy of a server that runs, put back before the next start.
-	setBack(t, ctx, c, 11, func() {
+	setBack(t, ctx, c, 11, true, func() {
 		pid, err := c.PostmasterPID(2)
 		check(t, err)
 		processes, err := cluster.Tree(pid)
@@ -515,19 +515,36 @@ func TestSetBack(t *testing.T) {
 			return nil
 		})
 	})
+	// The data directory alone, with the log in it: the node does not vote any more, so it must not be one of two who have to.
+	_, err = c.Change(ctx, "demote", 2, 1)
+	check(t, err)
+	setBack(t, ctx, c, 21, false, func() {
+		check(t, c.StopNode(2))
+		logs, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*"))
+		check(t, err)
+		for _, name := range append(logs, filepath.Join(c.NodeDir(2), "identity")) {
+			check(t, exec.CommandContext(ctx, "cp", "-a", name, name+".backup").Run())
+		}
+		check(t, c.StartNode(2))
+		check(t, c.AwaitState(ctx, 2, "active"))
+	})
 	if left, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*")); err != nil || len(left) != 1 {
 		t.Errorf("logs left: %v, %v", left, err)
 	}
 }
 
-// setBack has a copy made of the data of node 2, and puts it back later. The node finds that, votes on, and gets its data anew
-// when it is told to. The rows from number to number+2 are written.
-func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, backup func()) {
+// setBack has a copy made of something of node 2, beside it with the suffix .backup, and puts it back later. The node finds
+// that, the cluster goes on, and the node gets its data anew when it is told to. The rows from number to number+2 are written.
+func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, votes bool, backup func()) {
 	t.Helper()
-	data := filepath.Join(c.NodeDir(2), "pgdata")
 	backup()
 	check(t, c.StopNode(2))
-	check(t, errors.Join(os.RemoveAll(data), os.Rename(data+".backup", data)))
+	copies, err := filepath.Glob(filepath.Join(c.NodeDir(2), "*.backup"))
+	check(t, err)
+	for _, name := range copies {
+		to := strings.TrimSuffix(name, ".backup")
+		check(t, errors.Join(os.RemoveAll(to), os.Rename(name, to)))
+	}
 	check(t, c.StartNode(2))
 	check(t, c.AwaitState(ctx, 2, "failed"))
 	self, members, err := c.Members(ctx, 2)
@@ -536,8 +553,12 @@ func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, 
 	if reason := members[at].Reason; !strings.Contains(reason, "set back") || !strings.Contains(reason, "quorate resync") {
 		t.Errorf("it says %q", reason)
 	}
-	writeAt(t, ctx, c, 1, number+1) // it votes on
-	for _, command := range []string{"remove", "resync"} {
+	writeAt(t, ctx, c, 1, number+1)
+	commands := []string{"remove", "resync"}
+	if !votes {
+		commands = nil // it knows no leader to hand them on to
+	}
+	for _, command := range commands {
 		out, err := c.Change(ctx, command, 1, 2)
 		if err == nil || !strings.Contains(err.Error()+out, "may be the last one with data that can be used") {
 			t.Errorf("%s of the only data that can be used: %s, %v", command, out, err)
