@@ -2,6 +2,7 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -70,9 +71,10 @@ type Member struct {
 
 // Config of an Admin. All fields are required.
 type Config struct {
-	Cluster string
-	Node    txn.NodeID
-	Version string // of Quorate
+	Cluster   string
+	ClusterID txn.UUID
+	Node      txn.NodeID
+	Version   string // of Quorate
 	// Members returns the members as of now, this node included if it is one. It must be safe for concurrent use and
 	// not block.
 	Members func() []Member
@@ -134,7 +136,7 @@ func (a *Admin) Close() { a.health.Shutdown() }
 func (a *Admin) Status(ctx context.Context, req *pb.StatusRequest) (*pb.StatusResponse, error) {
 	own := a.cfg.Source.Status()
 	resp := &pb.StatusResponse{
-		Cluster: a.cfg.Cluster, Node: uint32(a.cfg.Node), Leader: uint32(own.Leader),
+		Cluster: a.cfg.Cluster, ClusterId: a.cfg.ClusterID[:], Node: uint32(a.cfg.Node), Leader: uint32(own.Leader),
 		Term: own.Term, CommitIndex: uint64(own.CommitIndex),
 	}
 	if req.GetLocal() {
@@ -193,8 +195,8 @@ func (a *Admin) ask(ctx context.Context, m Member) *pb.Member {
 	switch {
 	case err != nil:
 		got.Reason = status.Convert(err).Message()
-	case resp.Cluster != a.cfg.Cluster || resp.Node != uint32(m.ID) || len(resp.Members) != 1:
-		got.Reason = fmt.Sprintf("%s is node %d of cluster %q", m.GRPC, resp.Node, resp.Cluster)
+	case !bytes.Equal(resp.ClusterId, a.cfg.ClusterID[:]) || resp.Node != uint32(m.ID) || len(resp.Members) != 1:
+		got.Reason = fmt.Sprintf("%s is node %d of cluster %q (%x)", m.GRPC, resp.Node, resp.Cluster, resp.ClusterId)
 	default:
 		got, a.heard[m.ID] = resp.Members[0], time.Now()
 	}

@@ -97,14 +97,14 @@ func TestStatus(t *testing.T) {
 		{ID: 3, Raft: "r3", GRPC: dead.Addr().String()},
 		{ID: 4, Raft: "r4", GRPC: stranger.Addr().String()},
 	}
-	config := func(cluster string, id txn.NodeID, s admin.Status) admin.Config {
-		return admin.Config{Cluster: cluster, Node: id, Version: "test", Members: list(members...), Source: source(s)}
+	config := func(cluster byte, id txn.NodeID, s admin.Status) admin.Config { // after a forced recovery two have one name
+		return admin.Config{Cluster: "c", ClusterID: txn.UUID{cluster}, Node: id, Version: "test", Members: list(members...), Source: source(s)}
 	}
-	serve(t, l1, config("c", 1, admin.Status{Leader: 2, Role: admin.Follower, Term: 7, CommitIndex: 100, AppliedIndex: 90,
+	serve(t, l1, config(1, 1, admin.Status{Leader: 2, Role: admin.Follower, Term: 7, CommitIndex: 100, AppliedIndex: 90,
 		CSN: 50, Applied: applied(40), State: "catching-up", Reason: "behind"}))
-	_, second := serve(t, l2, config("c", 2, admin.Status{Leader: 2, Role: admin.Leader, Term: 7, CommitIndex: 104, AppliedIndex: 104,
+	_, second := serve(t, l2, config(1, 2, admin.Status{Leader: 2, Role: admin.Leader, Term: 7, CommitIndex: 104, AppliedIndex: 104,
 		CSN: 52, Applied: applied(52), State: "active", Writes: true, Postgres: "18.4"}))
-	serve(t, stranger, config("other", 4, admin.Status{State: "active", Writes: true, CSN: 1000}))
+	serve(t, stranger, config(2, 4, admin.Status{State: "active", Writes: true, CSN: 1000}))
 
 	client := pb.NewClusterClient(dial(t, l1.Addr().String()))
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -113,7 +113,7 @@ func TestStatus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if resp.Cluster != "c" || resp.Node != 1 || resp.Leader != 2 || resp.Term != 7 || resp.CommitIndex != 100 || resp.Csn != 52 || len(resp.Members) != 4 {
+	if resp.Cluster != "c" || txn.UUID(resp.ClusterId) != (txn.UUID{1}) || resp.Node != 1 || resp.Leader != 2 || resp.Term != 7 || resp.CommitIndex != 100 || resp.Csn != 52 || len(resp.Members) != 4 {
 		t.Fatalf("status: %v", resp)
 	}
 	one, two, three, four := resp.Members[0], resp.Members[1], resp.Members[2], resp.Members[3]

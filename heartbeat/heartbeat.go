@@ -15,6 +15,7 @@
 package heartbeat
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -49,8 +50,9 @@ const (
 
 // Config of a Monitor. All fields are required unless they say otherwise.
 type Config struct {
-	Cluster string
-	Node    txn.NodeID
+	Cluster   string // its name, for messages
+	ClusterID txn.UUID
+	Node      txn.NodeID
 	// Peers returns the other members as of now. It must not block.
 	Peers func() []txn.NodeID
 	// Conn returns the connection to a member. It must not block.
@@ -307,7 +309,9 @@ func (m *Monitor) call(ctx context.Context, to txn.NodeID, reports []*pb.Report)
 	conn, err := m.cfg.Conn(to)
 	began := time.Now()
 	if err == nil {
-		_, err = pb.NewHeartbeatClient(conn).Beat(ctx, &pb.BeatRequest{Cluster: m.cfg.Cluster, To: uint32(to), Reports: reports})
+		_, err = pb.NewHeartbeatClient(conn).Beat(ctx, &pb.BeatRequest{
+			Cluster: m.cfg.Cluster, ClusterId: m.cfg.ClusterID[:], To: uint32(to), Reports: reports,
+		})
 	}
 	took := time.Since(began).Seconds()
 	m.metrics.sent.Inc()
@@ -332,9 +336,9 @@ func (m *Monitor) call(ctx context.Context, to txn.NodeID, reports []*pb.Report)
 
 // Beat implements the RPC.
 func (m *Monitor) Beat(_ context.Context, req *pb.BeatRequest) (*pb.BeatResponse, error) {
-	if req.GetCluster() != m.cfg.Cluster || req.GetTo() != uint32(m.cfg.Node) {
-		return nil, status.Errorf(codes.FailedPrecondition, "a heartbeat for node %d of cluster %q reached node %s of cluster %q",
-			req.GetTo(), req.GetCluster(), m.cfg.Node, m.cfg.Cluster)
+	if !bytes.Equal(req.GetClusterId(), m.cfg.ClusterID[:]) || req.GetTo() != uint32(m.cfg.Node) {
+		return nil, status.Errorf(codes.FailedPrecondition, "a heartbeat for node %d of cluster %q (%x) reached node %s of cluster %q (%s)",
+			req.GetTo(), req.GetCluster(), req.GetClusterId(), m.cfg.Node, m.cfg.Cluster, m.cfg.ClusterID)
 	}
 	if len(req.Reports) == 0 || len(req.Reports) > maxReports || slices.ContainsFunc(req.Reports, malformed) {
 		return nil, status.Error(codes.InvalidArgument, "malformed heartbeat")
@@ -358,6 +362,19 @@ func (m *Monitor) Beat(_ context.Context, req *pb.BeatRequest) (*pb.BeatResponse
 		m.cfg.Changed(change)
 	}
 	return &pb.BeatResponse{}, nil
+}
+
+// Recall implements the RPC.
+func (m *Monitor) Recall(_ context.Context, req *pb.RecallRequest) (*pb.RecallResponse, error) {
+	if !bytes.Equal(req.GetClusterId(), m.cfg.ClusterID[:]) {
+		return nil, status.Errorf(codes.FailedPrecondition, "node %s is of another cluster, %q (%s)", m.cfg.Node, m.cfg.Cluster, m.cfg.ClusterID)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if k := m.reports[txn.NodeID(req.GetNode())]; k != nil {
+		return &pb.RecallResponse{Health: k.Health}, nil
+	}
+	return &pb.RecallResponse{}, nil
 }
 
 func malformed(r *pb.Report) bool {

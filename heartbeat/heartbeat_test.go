@@ -43,7 +43,7 @@ func newCluster(t *testing.T, members ...txn.NodeID) *cluster {
 
 func (c *cluster) start(id txn.NodeID) {
 	m, err := heartbeat.New(heartbeat.Config{
-		Cluster: "c", Node: id,
+		Cluster: "c", ClusterID: txn.UUID{1}, Node: id,
 		Peers: func() (peers []txn.NodeID) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
@@ -251,7 +251,7 @@ func TestRestart(t *testing.T) {
 			t.Errorf("loss is %v after a restart", h.Loss)
 		}
 		// The last words of the old process, which have lain somewhere.
-		if _, err := c.at[2].Beat(t.Context(), &pb.BeatRequest{Cluster: "c", To: 2, Reports: []*pb.Report{old}}); err != nil {
+		if _, err := c.at[2].Beat(t.Context(), &pb.BeatRequest{ClusterId: clusterID, To: 2, Reports: []*pb.Report{old}}); err != nil {
 			t.Fatal(err)
 		}
 		if kinds := c.took(2); len(kinds) != 0 {
@@ -325,13 +325,34 @@ func TestMembersComeAndGo(t *testing.T) {
 		if c.cell(1, 2, 3) != nil || c.cell(1, 3, 2) != nil || c.at[1].Hears(3) {
 			t.Error("node 1 still knows node 3, which was removed")
 		}
-		_, err := c.at[1].Beat(t.Context(), &pb.BeatRequest{Cluster: "c", To: 1, Reports: []*pb.Report{{Node: 3, Incarnation: 1, Sequence: 1}}})
+		_, err := c.at[1].Beat(t.Context(), &pb.BeatRequest{ClusterId: clusterID, To: 1, Reports: []*pb.Report{{Node: 3, Incarnation: 1, Sequence: 1}}})
 		if status.Code(err) != codes.PermissionDenied {
 			t.Errorf("a heartbeat of a removed member: %v", err)
 		}
 		c.end()
 	})
 }
+
+// TestRecall: a member that starts is told what it last said of itself, however long ago, and only by its own cluster.
+func TestRecall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 1, 2)
+		time.Sleep(time.Second)
+		c.kill(2)
+		time.Sleep(time.Hour)
+		for node, known := range map[uint32]bool{2: true, 3: false} {
+			if resp, err := c.at[1].Recall(t.Context(), &pb.RecallRequest{ClusterId: clusterID, Node: node}); err != nil || (resp.Health != nil) != known {
+				t.Errorf("of node %d: %v, %v", node, resp, err)
+			}
+		}
+		if _, err := c.at[1].Recall(t.Context(), &pb.RecallRequest{ClusterId: make([]byte, 16), Node: 2}); status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("of another cluster: %v", err)
+		}
+		c.end()
+	})
+}
+
+var clusterID = append([]byte{1}, make([]byte, 15)...)
 
 func TestJitterAndRoundTrip(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -362,7 +383,7 @@ func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 1, 2)
 		good := func() *pb.BeatRequest {
-			return &pb.BeatRequest{Cluster: "c", To: 1, Reports: []*pb.Report{{Node: 2, Incarnation: 5, Sequence: 1, Heard: []*pb.Heard{{Node: 1}}}}}
+			return &pb.BeatRequest{ClusterId: clusterID, To: 1, Reports: []*pb.Report{{Node: 2, Incarnation: 5, Sequence: 1, Heard: []*pb.Heard{{Node: 1}}}}}
 		}
 		if _, err := c.at[1].Beat(t.Context(), good()); err != nil {
 			t.Fatal(err)
@@ -371,7 +392,7 @@ func TestRefusals(t *testing.T) {
 			change func(*pb.BeatRequest)
 			want   codes.Code
 		}{
-			"another cluster":       {func(r *pb.BeatRequest) { r.Cluster = "d" }, codes.FailedPrecondition},
+			"another cluster":       {func(r *pb.BeatRequest) { r.ClusterId = make([]byte, 16) }, codes.FailedPrecondition},
 			"for another":           {func(r *pb.BeatRequest) { r.To = 2 }, codes.FailedPrecondition},
 			"from itself":           {func(r *pb.BeatRequest) { r.Reports[0].Node = 1 }, codes.PermissionDenied},
 			"from a stranger":       {func(r *pb.BeatRequest) { r.Reports[0].Node = 9 }, codes.PermissionDenied},

@@ -122,7 +122,7 @@ func (n *Node) holdOnce(ctx context.Context, at func(context.Context) error) (tx
 // openDonor lets other nodes copy this one's PostgreSQL.
 func (n *Node) openDonor() {
 	clone.NewDonor(clone.Config{
-		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Source: donor{n}, MaxWAL: uint64(n.cfg.Limits.CloneWAL), Logger: n.log.With(logkey.Component, "clone"),
+		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Source: donor{n}, MaxWAL: uint64(n.cfg.Limits.CloneWAL), Logger: n.log.With(logkey.Component, "clone"),
 	}).Register(n.grpc)
 }
 
@@ -187,7 +187,7 @@ func (n *Node) donors(ctx context.Context, node txn.NodeID) (fit []clone.Candida
 		}
 		candidates = append(candidates, clone.Candidate{Node: m.ID, Conn: conn})
 	}
-	fit, refused = clone.Order(ctx, n.cfg.Cluster, candidates)
+	fit, refused = clone.Order(ctx, n.identity.get().ClusterID, candidates)
 	return fit, refused, nil
 }
 
@@ -248,7 +248,7 @@ func (n *Node) obtainFrom(ctx context.Context, from clone.Candidate, id pg.Ident
 		return err
 	}
 	target := clone.Target{
-		Dir: making, UID: -1, GID: -1, Cluster: n.cfg.Cluster, Node: id.Node, Server: facts,
+		Dir: making, UID: -1, GID: -1, Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: id.Node, Server: facts,
 		Progress: func(p clone.Progress) { n.cloning.Store(&p) },
 	}
 	if c.Account.UID != os.Geteuid() {

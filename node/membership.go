@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -321,7 +322,8 @@ func (n *Node) enoughWithout(ctx context.Context, id txn.NodeID) error {
 		id, others, strings.Join(reasons, "; "))
 }
 
-// dead asks members, at once, and returns those that do not answer, or store nothing any more: a vote of theirs is worth nothing.
+// dead asks members, at once, and returns those that do not answer, not as members, or store nothing any more: a vote of theirs is
+// worth nothing.
 func (n *Node) dead(ctx context.Context, ids []txn.NodeID) map[txn.NodeID]error {
 	ctx, cancel := context.WithTimeout(ctx, aliveTimeout)
 	defer cancel()
@@ -342,6 +344,9 @@ func (n *Node) dead(ctx context.Context, ids []txn.NodeID) map[txn.NodeID]error 
 				if m.LogFailure != "" {
 					err = fmt.Errorf("it stores nothing: %s", m.LogFailure)
 				}
+			}
+			if cluster := n.identity.get().ClusterID; err == nil && !bytes.Equal(resp.ClusterId, cluster[:]) {
+				err = fmt.Errorf("it went on as another cluster, %x", resp.ClusterId)
 			}
 			if err != nil {
 				mu.Lock()

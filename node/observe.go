@@ -109,7 +109,7 @@ func (n *Node) openObservation(context.Context) error {
 // openHeartbeats makes the node hear the others, and answer them.
 func (n *Node) openHeartbeats() error {
 	beats, err := heartbeat.New(heartbeat.Config{
-		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Peers: n.others, Health: n.health, Changed: n.heartbeatChanged,
+		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Peers: n.others, Health: n.health, Changed: n.heartbeatChanged,
 		Conn:       func(id txn.NodeID) (grpc.ClientConnInterface, error) { return n.peers.Conn(id) },
 		Registerer: n.metrics,
 	})

@@ -307,6 +307,9 @@ func TestLogLost(t *testing.T) {
 		if n.consensus.Load() != nil {
 			t.Errorf("%s: it votes", step.name)
 		}
+		if n.Status().LogFailure == "" {
+			t.Errorf("%s: others count it as a voter", step.name)
+		}
 		awaitFailed(t, ctx, n)
 		if s := n.states.current(); !strings.Contains(s.reason, step.says) || !strings.Contains(s.reason, "quorate resync") {
 			t.Errorf("%s: it says %q", step.name, s.reason)

@@ -208,6 +208,8 @@ func TestOtherCluster(t *testing.T) {
 func TestDispensable(t *testing.T) {
 	o := &other{status: &pb.StatusResponse{Members: []*pb.Member{{State: stateFailed}}}, offer: &pb.OfferResponse{Cluster: "c", Node: 2, Active: true}}
 	n := withOther(t, o, config.StateMember)
+	cluster := n.identity.get().ClusterID
+	o.status.ClusterId, o.offer.ClusterId = cluster[:], cluster[:]
 	in := replication.Membership{Members: []replication.Member{{Member: codec.Member{Node: 1, Incarnation: 1}}, {Member: codec.Member{Node: 2, Incarnation: 1}}}}
 	if dead := n.dead(t.Context(), []txn.NodeID{2}); len(dead) != 0 {
 		t.Errorf("a node that votes is dead: %v", dead)
@@ -215,6 +217,14 @@ func TestDispensable(t *testing.T) {
 	if err := n.dataWithout(t.Context(), in, 1); err != nil {
 		t.Errorf("another member can give a copy: %v", err)
 	}
+	o.status.ClusterId, o.offer.ClusterId = make([]byte, 16), make([]byte, 16) // it was forced: the name is the same
+	if err := n.dead(t.Context(), []txn.NodeID{2})[2]; err == nil || !strings.Contains(err.Error(), "another cluster") {
+		t.Errorf("a node of another cluster is alive in this one: %v", err)
+	}
+	if err := n.dataWithout(t.Context(), in, 1); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("a node of another cluster can give a copy: %v", err)
+	}
+	o.status.ClusterId, o.offer.ClusterId = cluster[:], cluster[:]
 	o.status.Members[0].LogFailure = "no space left"
 	if err := n.dead(t.Context(), []txn.NodeID{2})[2]; err == nil || !strings.Contains(err.Error(), "no space left") {
 		t.Errorf("a node that stores nothing is alive: %v", err)

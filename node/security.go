@@ -41,6 +41,7 @@ var methods = authz.Methods{
 
 	consensuspb.Consensus_Link_FullMethodName: pki.Node,
 	pb.Heartbeat_Beat_FullMethodName:          pki.Node,
+	pb.Heartbeat_Recall_FullMethodName:        pki.Node,
 	pb.Recovery_Offer_FullMethodName:          pki.Node,
 	pb.Recovery_Clone_FullMethodName:          pki.Node, // all data, and the passwords' hashes
 	pb.Cluster_Hash_FullMethodName:            pki.Node, // holds commits until it has its snapshot

@@ -29,7 +29,7 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	n.peers = peers.New(n.grpcAddress, n.dialOptions()...)
 	n.onClose(func(context.Context) error { return n.peers.Close() })
 	config := admin.Config{
-		Cluster: n.cfg.Cluster, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n, Membership: n,
+		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n, Membership: n,
 	}
 	api, observe := admin.New(config), admin.NewObserve(config, n)
 	n.onClose(func(context.Context) error { api.Close(); observe.Close(); return nil })
@@ -84,6 +84,7 @@ func (n *Node) status() admin.Status {
 	}
 	c := n.consensus.Load()
 	if c == nil {
+		s.LogFailure = n.identity.get().LogLost
 		return s
 	}
 	if s.Writes && n.access() != gateway.ReadWrite {

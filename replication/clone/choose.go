@@ -1,6 +1,7 @@
 package clone
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -26,7 +27,7 @@ const offerTimeout = 2 * time.Second
 
 // Order asks the candidates and returns those that are active, best first: rather one that does not lead, since the leader
 // has more to do, and rather one that makes no clone yet. refused says, for each of the others, why it is none of them.
-func Order(ctx context.Context, cluster string, candidates []Candidate) (fit []Candidate, refused map[txn.NodeID]error) {
+func Order(ctx context.Context, cluster txn.UUID, candidates []Candidate) (fit []Candidate, refused map[txn.NodeID]error) {
 	ctx, cancel := context.WithTimeout(ctx, offerTimeout)
 	defer cancel()
 	offers := make([]*pb.OfferResponse, len(candidates))
@@ -42,8 +43,8 @@ func Order(ctx context.Context, cluster string, candidates []Candidate) (fit []C
 		switch o := offers[i]; {
 		case errs[i] != nil:
 			refused[c.Node] = fmt.Errorf("it does not answer: %s", status.Convert(errs[i]).Message())
-		case o.Cluster != cluster || txn.NodeID(o.Node) != c.Node:
-			refused[c.Node] = fmt.Errorf("who answers is node %d of cluster %q", o.Node, o.Cluster)
+		case !bytes.Equal(o.ClusterId, cluster[:]) || txn.NodeID(o.Node) != c.Node:
+			refused[c.Node] = fmt.Errorf("who answers is node %d of cluster %q (%x)", o.Node, o.Cluster, o.ClusterId)
 		case !o.Active:
 			refused[c.Node] = fmt.Errorf("it is not active: %s", o.Reason)
 		default:

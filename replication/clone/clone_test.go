@@ -138,7 +138,7 @@ func newRigIn(t testing.TB, o pgtest.Options, dir string) *rig {
 	t.Helper()
 	r := &rig{t: t, server: pgtest.Start(t, o), dir: dir}
 	r.source = &source{server: r.server}
-	r.donor = NewDonor(Config{Cluster: "c", Node: 1, Source: r.source, MaxWAL: maxWAL, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	r.donor = NewDonor(Config{Cluster: "c", ClusterID: txn.UUID{1}, Node: 1, Source: r.source, MaxWAL: maxWAL, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	r.conn = serve(t, r.donor.Register)
 	r.run("CREATE TABLE t (id int PRIMARY KEY, filler text)", "INSERT INTO t SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 10000) i")
 	return r
@@ -174,7 +174,7 @@ func (r *rig) target() Target {
 	}
 	r.number++
 	t := Target{
-		Dir: filepath.Join(r.dir, fmt.Sprint("clone", r.number)), UID: -1, GID: -1, Cluster: "c", Node: txn.NodeID(r.number + 1),
+		Dir: filepath.Join(r.dir, fmt.Sprint("clone", r.number)), UID: -1, GID: -1, Cluster: "c", ClusterID: txn.UUID{1}, Node: txn.NodeID(r.number + 1),
 		Server: Facts{Version: c.Install.Version.Num(), Architecture: runtime.GOARCH, BlockSize: block, WALBlockSize: wal},
 	}
 	if c.Account.UID != os.Geteuid() {
@@ -369,12 +369,12 @@ func TestUnfit(t *testing.T) {
 	try("another major version", func(t *Target) { t.Server.Version = 170010 }, ErrUnfit, "17 (17.10)", "18 (18.")
 	try("another architecture", func(t *Target) { t.Server.Architecture = "s390x" }, ErrUnfit, "s390x", runtime.GOARCH)
 	try("another block size", func(t *Target) { t.Server.BlockSize = 4096 }, ErrUnfit, "4096", "8192")
-	try("another cluster", func(t *Target) { t.Cluster = "other" }, ErrUnfit, `"other"`, `"c"`)
+	try("another cluster", func(t *Target) { t.ClusterID = txn.UUID{2} }, ErrUnfit, "02000000", "01000000")
 	reason := "catching-up: it has just come"
 	r.source.reason.Store(&reason)
 	try("a donor that is not active", func(*Target) {}, nil, reason)
 	r.source.reason.Store(nil)
-	try("no minor version", func(t *Target) { t.Server.Version = 180000; t.Cluster = "" }, ErrUnfit)
+	try("no minor version", func(t *Target) { t.Server.Version = 180000; t.ClusterID = txn.UUID{} }, ErrUnfit)
 
 	place := filepath.Join(r.dir, "elsewhere")
 	if err := r.server.Config().Account.MakeDir(place); err != nil {
@@ -631,9 +631,12 @@ func TestTogether(t *testing.T) {
 	<-started
 	_, err := Receive(t.Context(), r.conn, r.target())
 	mustFail(t, "a third", err, ErrBusy)
-	fit, refused := Order(t.Context(), "c", []Candidate{{1, r.conn}, {2, r.conn}})
+	fit, refused := Order(t.Context(), txn.UUID{1}, []Candidate{{1, r.conn}, {2, r.conn}})
 	if len(fit) != 1 || fit[0].Node != 1 || len(refused) != 1 || refused[2] == nil {
 		t.Errorf("order %v, refused %v", fit, refused)
+	}
+	if fit, refused := Order(t.Context(), txn.UUID{2}, []Candidate{{1, r.conn}}); len(fit) != 0 || len(refused) != 1 {
+		t.Errorf("a node that has gone on as another cluster: order %v, refused %v", fit, refused)
 	}
 	close(others)
 	clones.Wait()

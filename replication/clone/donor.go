@@ -1,6 +1,7 @@
 package clone
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -52,9 +53,10 @@ type Source interface {
 
 // Config configures a Donor.
 type Config struct {
-	Cluster string
-	Node    txn.NodeID
-	Source  Source
+	Cluster   string // its name, for messages
+	ClusterID txn.UUID
+	Node      txn.NodeID
+	Source    Source
 	// MaxWAL bounds the WAL that PostgreSQL keeps for one clone, in bytes.
 	MaxWAL uint64
 	Logger *slog.Logger // nil: discarded
@@ -83,7 +85,7 @@ func (d *Donor) Register(on *grpc.Server) { pb.RegisterRecoveryServer(on, d) }
 func (d *Donor) Offer(context.Context, *pb.OfferRequest) (*pb.OfferResponse, error) {
 	reason, leader := d.cfg.Source.Standing()
 	return &pb.OfferResponse{
-		Cluster: d.cfg.Cluster, Node: uint32(d.cfg.Node), Active: reason == "", Reason: reason, Leader: leader,
+		Cluster: d.cfg.Cluster, ClusterId: d.cfg.ClusterID[:], Node: uint32(d.cfg.Node), Active: reason == "", Reason: reason, Leader: leader,
 		Clones: uint32(d.under.Load()), MaxClones: maxClones,
 	}, nil
 }
@@ -95,8 +97,8 @@ func (d *Donor) Clone(req *pb.CloneRequest, stream grpc.ServerStreamingServer[pb
 	case req.Protocol != protocol:
 		return status.Errorf(codes.FailedPrecondition, "clone: node %s speaks version %d of the protocol, the donor, node %s, %d: run the same release of quorate on both",
 			node, req.Protocol, d.cfg.Node, protocol)
-	case req.Cluster != d.cfg.Cluster:
-		return status.Errorf(codes.FailedPrecondition, "clone: node %s is of cluster %q, the donor of %q", node, req.Cluster, d.cfg.Cluster)
+	case !bytes.Equal(req.ClusterId, d.cfg.ClusterID[:]):
+		return status.Errorf(codes.FailedPrecondition, "clone: node %s is of cluster %q (%x), the donor of %q (%s)", node, req.Cluster, req.ClusterId, d.cfg.Cluster, d.cfg.ClusterID)
 	}
 	if reason, _ := d.cfg.Source.Standing(); reason != "" {
 		return status.Errorf(codes.Unavailable, "clone: the donor, node %s, is not active: %s", d.cfg.Node, reason)

@@ -32,10 +32,11 @@ type Target struct {
 	// Dir is the data directory, which must not exist. After an error it may hold a part of a copy.
 	Dir string
 	// UID and GID own it; -1: whoever calls.
-	UID, GID int
-	Cluster  string
-	Node     txn.NodeID
-	Server   Facts // the programs that will run on it
+	UID, GID  int
+	Cluster   string // its name, for messages
+	ClusterID txn.UUID
+	Node      txn.NodeID
+	Server    Facts // the programs that will run on it
 	// SpreadCheckpoint lets the donor's checkpoint take its time.
 	SpreadCheckpoint bool
 	// Progress is told how the copy goes, several times a second, by one goroutine at a time; it must not block. May be nil.
@@ -109,7 +110,7 @@ type receiver struct {
 
 func (r *receiver) run(ctx context.Context, donor grpc.ClientConnInterface) (result Result, err error) {
 	stream, err := pb.NewRecoveryClient(donor).Clone(ctx, &pb.CloneRequest{
-		Protocol: protocol, Cluster: r.Cluster, Node: uint32(r.Node), Server: r.Server.encode(), SpreadCheckpoint: r.SpreadCheckpoint,
+		Protocol: protocol, Cluster: r.Cluster, ClusterId: r.ClusterID[:], Node: uint32(r.Node), Server: r.Server.encode(), SpreadCheckpoint: r.SpreadCheckpoint,
 	}, grpc.MaxCallRecvMsgSize(maxChunk))
 	if err != nil {
 		return result, fmt.Errorf("ask the donor: %w", err)

@@ -445,7 +445,9 @@ func TestForceNewCluster(t *testing.T) {
 	if out, err := c.Command(ctx, args...); err == nil || !strings.Contains(err.Error()+out, "are lost") {
 		t.Errorf("without the flag: %s, %v", out, err)
 	}
-	out, err := c.Command(ctx, append(args, "--force-new-cluster")...)
+	_, err = c.Command(ctx, append(args, "--force-new-cluster")...)
+	check(t, err)
+	out, err := c.Command(ctx, append(args, "--force-new-cluster")...) // is harmless
 	check(t, err)
 	if !strings.Contains(out, "is lost") {
 		t.Errorf("it does not say what is lost: %s", out)
@@ -468,6 +470,13 @@ func TestForceNewCluster(t *testing.T) {
 	}
 	if _, members, err := c.Members(ctx, 3); err != nil || len(members) != 2 {
 		t.Errorf("members of the new cluster: %+v, %v", members, err)
+	}
+	// In the old one node 3 is none that could vote, or give its data.
+	if _, members, err := c.Members(ctx, 1); err != nil || len(members) != 3 || members[2].State != "no contact" {
+		t.Errorf("members of the old cluster: %+v, %v", members, err)
+	}
+	if out, err := c.Change(ctx, "resync", 2, 1); err == nil || !strings.Contains(err.Error()+out, "would stand still") {
+		t.Errorf("a node of the old cluster gets its data anew: %s, %v", out, err)
 	}
 }
 

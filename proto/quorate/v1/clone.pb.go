@@ -70,6 +70,7 @@ type OfferResponse struct {
 	Leader        bool                   `protobuf:"varint,5,opt,name=leader,proto3" json:"leader,omitempty"`
 	Clones        uint32                 `protobuf:"varint,6,opt,name=clones,proto3" json:"clones,omitempty"` // under way, of at most max_clones
 	MaxClones     uint32                 `protobuf:"varint,7,opt,name=max_clones,json=maxClones,proto3" json:"max_clones,omitempty"`
+	ClusterId     []byte                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -151,6 +152,13 @@ func (x *OfferResponse) GetMaxClones() uint32 {
 		return x.MaxClones
 	}
 	return 0
+}
+
+func (x *OfferResponse) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
 }
 
 // ServerFacts is what a data directory and the programs that run on it must have in common.
@@ -237,7 +245,8 @@ type CloneRequest struct {
 	Node     uint32                 `protobuf:"varint,3,opt,name=node,proto3" json:"node,omitempty"`    // who asks
 	Server   *ServerFacts           `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"` // the programs that will run on the copy
 	// Let the checkpoint with which the copy begins take its time, up to checkpoint_timeout, instead of making it at once.
-	SpreadCheckpoint bool `protobuf:"varint,5,opt,name=spread_checkpoint,json=spreadCheckpoint,proto3" json:"spread_checkpoint,omitempty"`
+	SpreadCheckpoint bool   `protobuf:"varint,5,opt,name=spread_checkpoint,json=spreadCheckpoint,proto3" json:"spread_checkpoint,omitempty"`
+	ClusterId        []byte `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes: a cluster that was forced goes on with other data under the same name
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -305,6 +314,13 @@ func (x *CloneRequest) GetSpreadCheckpoint() bool {
 		return x.SpreadCheckpoint
 	}
 	return false
+}
+
+func (x *CloneRequest) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
 }
 
 // CloneChunk is a part of the copy. The first one is begin, the last one end; archive and wal come interleaved, each in its
@@ -756,7 +772,7 @@ const file_quorate_v1_clone_proto_rawDesc = "" +
 	"\n" +
 	"\x16quorate/v1/clone.proto\x12\n" +
 	"quorate.v1\"\x0e\n" +
-	"\fOfferRequest\"\xbc\x01\n" +
+	"\fOfferRequest\"\xdb\x01\n" +
 	"\rOfferResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\rR\x04node\x12\x16\n" +
@@ -765,20 +781,24 @@ const file_quorate_v1_clone_proto_rawDesc = "" +
 	"\x06leader\x18\x05 \x01(\bR\x06leader\x12\x16\n" +
 	"\x06clones\x18\x06 \x01(\rR\x06clones\x12\x1d\n" +
 	"\n" +
-	"max_clones\x18\a \x01(\rR\tmaxClones\"\xba\x01\n" +
+	"max_clones\x18\a \x01(\rR\tmaxClones\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\b \x01(\fR\tclusterId\"\xba\x01\n" +
 	"\vServerFacts\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x1d\n" +
 	"\n" +
 	"block_size\x18\x03 \x01(\rR\tblockSize\x12$\n" +
 	"\x0ewal_block_size\x18\x04 \x01(\rR\fwalBlockSize\x12(\n" +
-	"\x10wal_segment_size\x18\x05 \x01(\rR\x0ewalSegmentSize\"\xb6\x01\n" +
+	"\x10wal_segment_size\x18\x05 \x01(\rR\x0ewalSegmentSize\"\xd5\x01\n" +
 	"\fCloneRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\rR\x04node\x12/\n" +
 	"\x06server\x18\x04 \x01(\v2\x17.quorate.v1.ServerFactsR\x06server\x12+\n" +
-	"\x11spread_checkpoint\x18\x05 \x01(\bR\x10spreadCheckpoint\"\xa6\x02\n" +
+	"\x11spread_checkpoint\x18\x05 \x01(\bR\x10spreadCheckpoint\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x06 \x01(\fR\tclusterId\"\xa6\x02\n" +
 	"\n" +
 	"CloneChunk\x12.\n" +
 	"\x05begin\x18\x01 \x01(\v2\x16.quorate.v1.CloneBeginH\x00R\x05begin\x12\x1a\n" +

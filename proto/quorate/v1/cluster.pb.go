@@ -132,6 +132,7 @@ type StatusResponse struct {
 	CommitIndex   uint64    `protobuf:"varint,5,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"` // of the log, as far as the answering node knows
 	Csn           uint64    `protobuf:"varint,6,opt,name=csn,proto3" json:"csn,omitempty"`                                    // the newest transaction that is known, to any member that answered, to commit
 	Members       []*Member `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	ClusterId     []byte    `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes: of two that go on from the same one after a forced recovery, which
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -211,6 +212,13 @@ func (x *StatusResponse) GetCsn() uint64 {
 func (x *StatusResponse) GetMembers() []*Member {
 	if x != nil {
 		return x.Members
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
 	}
 	return nil
 }
@@ -782,7 +790,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x18quorate/v1/cluster.proto\x12\n" +
 	"quorate.v1\x1a\x1aquorate/v1/heartbeat.proto\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
-	"\x05local\x18\x01 \x01(\bR\x05local\"\xcd\x01\n" +
+	"\x05local\x18\x01 \x01(\bR\x05local\"\xec\x01\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\rR\x04node\x12\x16\n" +
@@ -790,7 +798,9 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12!\n" +
 	"\fcommit_index\x18\x05 \x01(\x04R\vcommitIndex\x12\x10\n" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
-	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\"\xe4\x05\n" +
+	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\b \x01(\fR\tclusterId\"\xe4\x05\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +

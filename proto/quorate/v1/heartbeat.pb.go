@@ -31,6 +31,7 @@ type BeatRequest struct {
 	To      uint32                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"` // whom it is meant for
 	// The sender's own report first, then the newest that it has of the others.
 	Reports       []*Report `protobuf:"bytes,3,rep,name=reports,proto3" json:"reports,omitempty"`
+	ClusterId     []byte    `protobuf:"bytes,4,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -86,6 +87,13 @@ func (x *BeatRequest) GetReports() []*Report {
 	return nil
 }
 
+func (x *BeatRequest) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
+}
+
 type BeatResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -122,6 +130,102 @@ func (*BeatResponse) Descriptor() ([]byte, []int) {
 	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{1}
 }
 
+type RecallRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes
+	Node          uint32                 `protobuf:"varint,2,opt,name=node,proto3" json:"node,omitempty"`                           // who asks
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecallRequest) Reset() {
+	*x = RecallRequest{}
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecallRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecallRequest) ProtoMessage() {}
+
+func (x *RecallRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecallRequest.ProtoReflect.Descriptor instead.
+func (*RecallRequest) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RecallRequest) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
+}
+
+func (x *RecallRequest) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+type RecallResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Health        *Health                `protobuf:"bytes,1,opt,name=health,proto3" json:"health,omitempty"` // absent: nothing is known of it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecallResponse) Reset() {
+	*x = RecallResponse{}
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecallResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecallResponse) ProtoMessage() {}
+
+func (x *RecallResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecallResponse.ProtoReflect.Descriptor instead.
+func (*RecallResponse) Descriptor() ([]byte, []int) {
+	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RecallResponse) GetHealth() *Health {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
 // Report is what a member says of itself and of whom it hears.
 type Report struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -140,7 +244,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[2]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -152,7 +256,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[2]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -165,7 +269,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{2}
+	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Report) GetNode() uint32 {
@@ -233,7 +337,7 @@ type Heard struct {
 
 func (x *Heard) Reset() {
 	*x = Heard{}
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[3]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -245,7 +349,7 @@ func (x *Heard) String() string {
 func (*Heard) ProtoMessage() {}
 
 func (x *Heard) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[3]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -258,7 +362,7 @@ func (x *Heard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heard.ProtoReflect.Descriptor instead.
 func (*Heard) Descriptor() ([]byte, []int) {
-	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{3}
+	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Heard) GetNode() uint32 {
@@ -331,7 +435,7 @@ type Health struct {
 
 func (x *Health) Reset() {
 	*x = Health{}
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[4]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -343,7 +447,7 @@ func (x *Health) String() string {
 func (*Health) ProtoMessage() {}
 
 func (x *Health) ProtoReflect() protoreflect.Message {
-	mi := &file_quorate_v1_heartbeat_proto_msgTypes[4]
+	mi := &file_quorate_v1_heartbeat_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -356,7 +460,7 @@ func (x *Health) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Health.ProtoReflect.Descriptor instead.
 func (*Health) Descriptor() ([]byte, []int) {
-	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{4}
+	return file_quorate_v1_heartbeat_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Health) GetState() string {
@@ -546,12 +650,20 @@ var File_quorate_v1_heartbeat_proto protoreflect.FileDescriptor
 const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\n" +
 	"\x1aquorate/v1/heartbeat.proto\x12\n" +
-	"quorate.v1\"e\n" +
+	"quorate.v1\"\x84\x01\n" +
 	"\vBeatRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\rR\x02to\x12,\n" +
-	"\areports\x18\x03 \x03(\v2\x12.quorate.v1.ReportR\areports\"\x0e\n" +
-	"\fBeatResponse\"\xf3\x01\n" +
+	"\areports\x18\x03 \x03(\v2\x12.quorate.v1.ReportR\areports\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x04 \x01(\fR\tclusterId\"\x0e\n" +
+	"\fBeatResponse\"B\n" +
+	"\rRecallRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\rR\x04node\"<\n" +
+	"\x0eRecallResponse\x12*\n" +
+	"\x06health\x18\x01 \x01(\v2\x12.quorate.v1.HealthR\x06health\"\xf3\x01\n" +
 	"\x06Report\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x1a\n" +
@@ -601,9 +713,10 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\x0fdisk_free_bytes\x18  \x01(\x04R\rdiskFreeBytes\x12(\n" +
 	"\x10disk_total_bytes\x18! \x01(\x04R\x0ediskTotalBytesB\x0e\n" +
 	"\f_applied_csnB\x0e\n" +
-	"\f_postgres_up2F\n" +
+	"\f_postgres_up2\x87\x01\n" +
 	"\tHeartbeat\x129\n" +
-	"\x04Beat\x12\x17.quorate.v1.BeatRequest\x1a\x18.quorate.v1.BeatResponseB7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
+	"\x04Beat\x12\x17.quorate.v1.BeatRequest\x1a\x18.quorate.v1.BeatResponse\x12?\n" +
+	"\x06Recall\x12\x19.quorate.v1.RecallRequest\x1a\x1a.quorate.v1.RecallResponseB7Z5github.com/quorate/quorate/proto/quorate/v1;quoratev1b\x06proto3"
 
 var (
 	file_quorate_v1_heartbeat_proto_rawDescOnce sync.Once
@@ -617,25 +730,30 @@ func file_quorate_v1_heartbeat_proto_rawDescGZIP() []byte {
 	return file_quorate_v1_heartbeat_proto_rawDescData
 }
 
-var file_quorate_v1_heartbeat_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_quorate_v1_heartbeat_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_quorate_v1_heartbeat_proto_goTypes = []any{
-	(*BeatRequest)(nil),  // 0: quorate.v1.BeatRequest
-	(*BeatResponse)(nil), // 1: quorate.v1.BeatResponse
-	(*Report)(nil),       // 2: quorate.v1.Report
-	(*Heard)(nil),        // 3: quorate.v1.Heard
-	(*Health)(nil),       // 4: quorate.v1.Health
+	(*BeatRequest)(nil),    // 0: quorate.v1.BeatRequest
+	(*BeatResponse)(nil),   // 1: quorate.v1.BeatResponse
+	(*RecallRequest)(nil),  // 2: quorate.v1.RecallRequest
+	(*RecallResponse)(nil), // 3: quorate.v1.RecallResponse
+	(*Report)(nil),         // 4: quorate.v1.Report
+	(*Heard)(nil),          // 5: quorate.v1.Heard
+	(*Health)(nil),         // 6: quorate.v1.Health
 }
 var file_quorate_v1_heartbeat_proto_depIdxs = []int32{
-	2, // 0: quorate.v1.BeatRequest.reports:type_name -> quorate.v1.Report
-	4, // 1: quorate.v1.Report.health:type_name -> quorate.v1.Health
-	3, // 2: quorate.v1.Report.heard:type_name -> quorate.v1.Heard
-	0, // 3: quorate.v1.Heartbeat.Beat:input_type -> quorate.v1.BeatRequest
-	1, // 4: quorate.v1.Heartbeat.Beat:output_type -> quorate.v1.BeatResponse
-	4, // [4:5] is the sub-list for method output_type
-	3, // [3:4] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4, // 0: quorate.v1.BeatRequest.reports:type_name -> quorate.v1.Report
+	6, // 1: quorate.v1.RecallResponse.health:type_name -> quorate.v1.Health
+	6, // 2: quorate.v1.Report.health:type_name -> quorate.v1.Health
+	5, // 3: quorate.v1.Report.heard:type_name -> quorate.v1.Heard
+	0, // 4: quorate.v1.Heartbeat.Beat:input_type -> quorate.v1.BeatRequest
+	2, // 5: quorate.v1.Heartbeat.Recall:input_type -> quorate.v1.RecallRequest
+	1, // 6: quorate.v1.Heartbeat.Beat:output_type -> quorate.v1.BeatResponse
+	3, // 7: quorate.v1.Heartbeat.Recall:output_type -> quorate.v1.RecallResponse
+	6, // [6:8] is the sub-list for method output_type
+	4, // [4:6] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_quorate_v1_heartbeat_proto_init() }
@@ -643,15 +761,15 @@ func file_quorate_v1_heartbeat_proto_init() {
 	if File_quorate_v1_heartbeat_proto != nil {
 		return
 	}
-	file_quorate_v1_heartbeat_proto_msgTypes[3].OneofWrappers = []any{}
-	file_quorate_v1_heartbeat_proto_msgTypes[4].OneofWrappers = []any{}
+	file_quorate_v1_heartbeat_proto_msgTypes[5].OneofWrappers = []any{}
+	file_quorate_v1_heartbeat_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_quorate_v1_heartbeat_proto_rawDesc), len(file_quorate_v1_heartbeat_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

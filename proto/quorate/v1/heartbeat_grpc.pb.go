@@ -23,7 +23,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Heartbeat_Beat_FullMethodName = "/quorate.v1.Heartbeat/Beat"
+	Heartbeat_Beat_FullMethodName   = "/quorate.v1.Heartbeat/Beat"
+	Heartbeat_Recall_FullMethodName = "/quorate.v1.Heartbeat/Recall"
 )
 
 // HeartbeatClient is the client API for Heartbeat service.
@@ -34,6 +35,8 @@ const (
 type HeartbeatClient interface {
 	// Beat tells a member that another one is alive, and how it sees the cluster.
 	Beat(ctx context.Context, in *BeatRequest, opts ...grpc.CallOption) (*BeatResponse, error)
+	// Recall tells a member that starts what it last said of itself. Who was set back to an earlier state learns it so.
+	Recall(ctx context.Context, in *RecallRequest, opts ...grpc.CallOption) (*RecallResponse, error)
 }
 
 type heartbeatClient struct {
@@ -54,6 +57,16 @@ func (c *heartbeatClient) Beat(ctx context.Context, in *BeatRequest, opts ...grp
 	return out, nil
 }
 
+func (c *heartbeatClient) Recall(ctx context.Context, in *RecallRequest, opts ...grpc.CallOption) (*RecallResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecallResponse)
+	err := c.cc.Invoke(ctx, Heartbeat_Recall_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HeartbeatServer is the server API for Heartbeat service.
 // All implementations must embed UnimplementedHeartbeatServer
 // for forward compatibility.
@@ -62,6 +75,8 @@ func (c *heartbeatClient) Beat(ctx context.Context, in *BeatRequest, opts ...grp
 type HeartbeatServer interface {
 	// Beat tells a member that another one is alive, and how it sees the cluster.
 	Beat(context.Context, *BeatRequest) (*BeatResponse, error)
+	// Recall tells a member that starts what it last said of itself. Who was set back to an earlier state learns it so.
+	Recall(context.Context, *RecallRequest) (*RecallResponse, error)
 	mustEmbedUnimplementedHeartbeatServer()
 }
 
@@ -74,6 +89,9 @@ type UnimplementedHeartbeatServer struct{}
 
 func (UnimplementedHeartbeatServer) Beat(context.Context, *BeatRequest) (*BeatResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Beat not implemented")
+}
+func (UnimplementedHeartbeatServer) Recall(context.Context, *RecallRequest) (*RecallResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Recall not implemented")
 }
 func (UnimplementedHeartbeatServer) mustEmbedUnimplementedHeartbeatServer() {}
 func (UnimplementedHeartbeatServer) testEmbeddedByValue()                   {}
@@ -114,6 +132,24 @@ func _Heartbeat_Beat_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Heartbeat_Recall_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecallRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HeartbeatServer).Recall(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Heartbeat_Recall_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HeartbeatServer).Recall(ctx, req.(*RecallRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Heartbeat_ServiceDesc is the grpc.ServiceDesc for Heartbeat service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -124,6 +160,10 @@ var Heartbeat_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Beat",
 			Handler:    _Heartbeat_Beat_Handler,
+		},
+		{
+			MethodName: "Recall",
+			Handler:    _Heartbeat_Recall_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
