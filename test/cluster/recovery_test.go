@@ -80,7 +80,7 @@ func recoverFrom(t *testing.T, o cluster.Options, faults []fault) {
 		"INSERT INTO spots SELECT i, '' FROM generate_series(1, 10) i")
 	for _, f := range faults {
 		if !t.Run(f.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(ctx, testTimeout)
+			ctx, cancel := context.WithTimeout(ctx, 2*testTimeout) // some start a node four times, beside other tests
 			defer cancel()
 			f.run(t, ctx, c)
 			if err := c.Verify(ctx); err != nil {
