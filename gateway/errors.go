@@ -122,6 +122,10 @@ func abortError(ev txn.Event) *sqlError {
 	switch ev.Reason {
 	case txn.AbortNoQuorum:
 		return errNoQuorum
+	case txn.AbortBehind: // it passes, and drivers know what to do
+		return &sqlError{code: codeSerialization, message: "cannot commit: a PostgreSQL server of the cluster is behind",
+			detail: "This node's server, or another active node's, still has to apply what was committed before. Nothing was changed.",
+			hint:   retryHint}
 	case txn.AbortConflict:
 		return &sqlError{code: codeSerialization,
 			message: "could not serialize access due to concurrent update on another node",

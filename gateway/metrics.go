@@ -42,7 +42,7 @@ func newMetrics() *metrics {
 		marker:   latency("marker_seconds", "Time from COMMIT to the marker's being written."),
 		commit:   latency("commit_seconds", "Time from COMMIT to its answer, of replicated transactions."),
 	}
-	for reason := txn.AbortConflict; reason <= txn.AbortInvalid; reason++ {
+	for reason := txn.AbortConflict; reason <= txn.AbortBehind; reason++ {
 		m.aborts.WithLabelValues(reason.String())
 	}
 	return m

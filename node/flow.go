@@ -74,7 +74,7 @@ func (o order) awaitOthers(ctx context.Context) error {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return fmt.Errorf("wait for a member that is %d transactions behind: %w: %w", lag, txn.ErrNoQuorum, context.Cause(ctx))
+			return fmt.Errorf("wait for a member that is %d transactions behind: %w", lag, context.Cause(ctx))
 		}
 		timer.Stop()
 		if !wait {

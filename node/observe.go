@@ -320,20 +320,22 @@ func (o *observation) look(l consensus.Leadership) {
 	}
 }
 
-// A proposal that has waited for less than quickFlow was only asked whether it must; from slowFlow on it is worth an event.
+// A batch that has waited for less than quickFlow was only asked whether it must; from slowFlow on it is worth an event.
 const (
 	quickFlow = 500 * time.Microsecond
 	slowFlow  = time.Second
 )
 
-// noteFlowControl notes how long a proposal was held up for a PostgreSQL that lags behind the log, this node's or another's.
-func (n *Node) noteFlowControl(waited time.Duration) {
-	if waited < quickFlow {
-		return
-	}
-	n.seen.throttled.Observe(waited.Seconds())
-	if waited >= slowFlow {
-		n.event(events.Warning, eventFlowControl, n.cfg.Node, "writes of this node wait for a PostgreSQL that lags behind the log",
-			"seconds", strconv.FormatFloat(waited.Seconds(), 'f', 1, 64))
+// noteFlowControl begins to note that a batch is held up for a PostgreSQL that lags behind the log, this node's or another's;
+// what it returns ends it, and is to be called however the wait ends.
+func (n *Node) noteFlowControl(began time.Time) (end func()) {
+	slow := time.AfterFunc(slowFlow, func() {
+		n.event(events.Warning, eventFlowControl, n.cfg.Node, "writes of this node wait for a PostgreSQL, its own or another member's, that lags behind the log")
+	})
+	return func() {
+		slow.Stop()
+		if waited := time.Since(began); waited >= quickFlow {
+			n.seen.throttled.Observe(waited.Seconds())
+		}
 	}
 }

@@ -192,22 +192,28 @@ func (c coordinator) TransactionStatus(ctx context.Context, gid txn.GID) string 
 	return gateway.StatusUnknown // forgotten between the last two steps
 }
 
-// order fits consensus to the coordinator, and holds back proposals while this node is too far behind the log.
+// order fits consensus to the coordinator.
 type order struct{ *incarnation }
 
-func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
-	began := time.Now()
+// Admit waits while this node's PostgreSQL, or another's, is too far behind the log.
+func (o order) Admit(ctx context.Context) error {
+	defer o.n.noteFlowControl(time.Now())()
 	if last := o.machine.LastCSN(); last > maxLag && o.pipeline.Applied() < last-maxLag {
 		// What an incarnation that has ended still proposes is not for this node's PostgreSQL to wait for.
 		if err := o.pipeline.WaitFor(ctx, last-maxLag); err != nil && o.ctx.Err() == nil {
-			return 0, fmt.Errorf("wait for apply to catch up: %w: %w", txn.ErrNoQuorum, err)
+			return fmt.Errorf("wait for apply to catch up: %w", err)
 		}
 	}
-	if err := o.awaitOthers(ctx); err != nil {
-		return 0, err
-	}
-	o.n.noteFlowControl(time.Since(began))
+	return o.awaitOthers(ctx)
+}
+
+func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
 	return o.n.consensus.Load().Propose(ctx, data)
+}
+
+// AwaitDecided: the machine takes an entry when it has delivered those before.
+func (o order) AwaitDecided(ctx context.Context, index txn.LogIndex) error {
+	return o.machine.WaitFor(ctx, index)
 }
 
 // AwaitLeader is called after a proposal failed.

@@ -138,6 +138,7 @@ func TestModeNumbers(t *testing.T) {
 func TestAbortReasons(t *testing.T) {
 	want := map[txn.AbortReason]string{
 		0: "none", 1: "conflict", 2: "horizon", 3: "duplicate", 4: "requested", 5: "evicted", 6: "no_quorum", 7: "capture", 8: "invalid",
+		9:   "behind",
 		255: "unknown",
 	}
 	for r, name := range want {
@@ -147,7 +148,7 @@ func TestAbortReasons(t *testing.T) {
 	}
 	for r, number := range map[txn.AbortReason]uint8{
 		txn.AbortNone: 0, txn.AbortConflict: 1, txn.AbortHorizon: 2, txn.AbortDuplicate: 3, txn.AbortRequested: 4,
-		txn.AbortEvicted: 5, txn.AbortNoQuorum: 6, txn.AbortCapture: 7, txn.AbortInvalid: 8,
+		txn.AbortEvicted: 5, txn.AbortNoQuorum: 6, txn.AbortCapture: 7, txn.AbortInvalid: 8, txn.AbortBehind: 9,
 	} {
 		if uint8(r) != number {
 			t.Errorf("reason %v has number %d, had %d", r, uint8(r), number)

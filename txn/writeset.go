@@ -61,9 +61,10 @@ const (
 	AbortNoQuorum              // it could not be ordered
 	AbortCapture               // its changes could not be read from the server
 	AbortInvalid               // its origin broke a rule of the protocol: an error in Quorate
+	AbortBehind                // it could not be ordered in time because a PostgreSQL lags behind the log
 )
 
-var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum", "capture", "invalid"}
+var abortNames = [...]string{"none", "conflict", "horizon", "duplicate", "requested", "evicted", "no_quorum", "capture", "invalid", "behind"}
 
 // String returns the metric label.
 func (r AbortReason) String() string {

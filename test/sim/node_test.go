@@ -382,7 +382,13 @@ func (o order) Propose(ctx context.Context, data []byte) (txn.LogIndex, error) {
 	return o.n.run.log.propose(ctx, o.n, data)
 }
 
+func (o order) Admit(context.Context) error { return nil }
+
 func (o order) AwaitLeader(ctx context.Context) error { return o.n.run.log.awaitLeader(ctx) }
+
+func (o order) AwaitDecided(ctx context.Context, index txn.LogIndex) error {
+	return o.machine.WaitFor(ctx, index)
+}
 
 func (i *incarnation) evict(b apply.Blockade) bool {
 	if i.killed() {

@@ -318,7 +318,15 @@ func (r *run) even() bool {
 	}
 	time.Sleep(2 * commitTimeout) // what is proposed without a client who waits
 	after, final := r.log.last()
-	return final && after == before
+	if !final || after != before {
+		return false
+	}
+	for _, n := range r.nodes {
+		if open := n.incarnation().coord.InFlight(); len(open) > 0 {
+			r.fail("node %d: nothing is under way, but %s is %s", n.id, open[0].GID, open[0].Stage)
+		}
+	}
+	return true
 }
 
 func (r *run) where() string {

@@ -26,11 +26,16 @@ import (
 
 // Order is the log, as far as a coordinator needs it.
 type Order interface {
+	// Admit is flow control: it returns when the log may take more, at once unless a PostgreSQL lags far behind it. An error
+	// is ctx's.
+	Admit(ctx context.Context) error
 	// Propose returns nil when data is in the log. An error wraps txn.ErrNoQuorum if data certainly is not and never
 	// will be, txn.ErrOutcomeUnknown if it may be.
 	Propose(ctx context.Context, data []byte) (txn.LogIndex, error)
 	// AwaitLeader returns when some node leads, or ctx ends.
 	AwaitLeader(ctx context.Context) error
+	// AwaitDecided returns when Decided has been given what the log says before index. An error is ctx's.
+	AwaitDecided(ctx context.Context, index txn.LogIndex) error
 }
 
 // Visibility is what the local PostgreSQL shows of the order.
@@ -50,7 +55,7 @@ type Config struct {
 	Visibility  Visibility
 	// CommitTimeout bounds how long a commit may wait for the log's verdict, from when its write set is complete; of a
 	// large write set, for each part. Then it is undone where it certainly was not ordered, and reported as unknown where
-	// it may have been. Default 10 s.
+	// it may have been: the log is made to decide it as soon as it can be. Default 10 s.
 	CommitTimeout time.Duration
 	// Trace, if set, takes the parts of a transaction's life as they end: "capture", "queue", "order", "publish", and last
 	// the whole, "commit", with its outcome. It is called with locks held, and must not block or call the Coordinator.
@@ -73,8 +78,11 @@ const maxUnfinished = 4
 
 // Coordinator is safe for concurrent use. Run must be running for commits to make progress.
 type Coordinator struct {
-	cfg     Config
-	metrics metrics
+	cfg        Config
+	metrics    metrics
+	life       context.Context // ends when closed
+	end        context.CancelFunc
+	background errgroup.Group // a goroutine per large write set that is sent in parts, and per batch in doubt
 
 	mu       sync.Mutex
 	closed   bool
@@ -82,11 +90,11 @@ type Coordinator struct {
 	sequence uint64
 	open     map[txn.GID]*Transaction // registered and not finished
 	queue    []*Transaction           // complete write sets that wait for a proposal; bounded by the open sessions
+	blame    txn.AbortReason          // why what is queued waits at present
 	waiting  int                      // how many are decided and not finished
 	gathers  uint64                   // batches that were gathered
 	coming   int                      // how many the batch that is being gathered still waits for
 	due      *sync.Cond               // on mu: a batch may be due, or the coordinator was closed
-	large    errgroup.Group           // one goroutine per large write set that is sent in chunks
 }
 
 // New returns a coordinator. It starts nothing.
@@ -94,8 +102,9 @@ func New(cfg Config) *Coordinator {
 	if cfg.CommitTimeout <= 0 {
 		cfg.CommitTimeout = 10 * time.Second
 	}
-	c := &Coordinator{cfg: cfg, open: make(map[txn.GID]*Transaction), metrics: newMetrics(cfg.Registerer)}
+	c := &Coordinator{cfg: cfg, open: make(map[txn.GID]*Transaction), blame: txn.AbortNoQuorum, metrics: newMetrics(cfg.Registerer)}
 	c.due = sync.NewCond(&c.mu)
+	c.life, c.end = context.WithCancel(context.Background())
 	return c
 }
 
@@ -104,15 +113,16 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, c.shut)
 	defer stop()
 	for batch := c.take(); batch != nil; batch = c.take() {
-		c.propose(ctx, batch)
+		c.propose(batch)
 	}
-	return c.large.Wait()
+	return c.background.Wait()
 }
 
 func (c *Coordinator) shut() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
+	c.end()
 	c.queue = nil
 	for _, t := range c.open {
 		if t.state == proposed {
@@ -124,14 +134,19 @@ func (c *Coordinator) shut() {
 	c.due.Signal()
 }
 
-// Detach says that the local server is gone and nobody will Release anything any more. From here on the log's word is
-// the last: sessions whose transactions it lets commit, now or later, are told StepVisible at once. No commit begins.
+// Detach says that the local server is gone: nobody will Release anything any more, and no marker comes. From here on the
+// log's word is the last: sessions whose transactions it lets commit, now or later, are told StepVisible at once. Those
+// whose write set has not come are undone. No commit begins.
 func (c *Coordinator) Detach() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.detached = true
 	for _, t := range c.open {
-		if t.state == decided || t.state == released {
+		switch t.state {
+		case registered:
+			c.arrived(t)
+			t.abort(txn.AbortCapture)
+		case decided, released:
 			c.finish(t)
 			t.send(txn.Event{Step: txn.StepVisible, CSN: t.csn})
 		}
@@ -246,7 +261,7 @@ func (c *Coordinator) Marked(gid txn.GID, set *txn.WriteSet, parts txn.Parts, er
 			return
 		}
 		t.state = sending
-		c.large.Go(func() error { c.sendParts(t, parts); return nil })
+		c.background.Go(func() error { c.sendParts(t, parts); return nil })
 	}
 }
 
@@ -277,23 +292,30 @@ func (c *Coordinator) enqueueUnlessLost(t *Transaction) bool {
 	return true
 }
 
-// take waits for work and returns the next batch, nil when closed.
+// take waits for work and returns the next batch, nil when closed. What stays in the queue for too long is given up, for
+// the reason that it waited for at that time.
 func (c *Coordinator) take() []*Transaction {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for {
+		c.dropLate() // the last proposal may have taken long
+		c.blame = txn.AbortBehind
 		for (len(c.queue) == 0 || c.waiting > maxUnfinished) && !c.closed {
 			c.due.Wait()
 		}
+		c.mu.Unlock()
+		_ = c.cfg.Order.Admit(c.life) // it fails when closed, which is asked below
+		c.mu.Lock()
 		c.gather()
 		c.dropLate()
-		if c.closed || len(c.queue) > 0 {
+		if c.closed {
+			return nil
+		}
+		if len(c.queue) > 0 {
 			break
 		}
 	}
-	if c.closed {
-		return nil
-	}
+	c.blame = txn.AbortNoQuorum
 	n, size := 0, 0
 	for n < len(c.queue) && n < batchCount && (n == 0 || size+len(c.queue[n].set.Changes) <= batchBytes) {
 		size += len(c.queue[n].set.Changes)
@@ -313,7 +335,7 @@ func (c *Coordinator) take() []*Transaction {
 func (c *Coordinator) dropLate() {
 	soon := time.Now().Add(c.cfg.CommitTimeout / 10)
 	for len(c.queue) > 0 && c.queue[0].deadline.Before(soon) {
-		c.unqueue(c.queue[0]).abort(txn.AbortNoQuorum)
+		c.unqueue(c.queue[0]).abort(c.blame)
 	}
 }
 
@@ -368,15 +390,14 @@ func (c *Coordinator) arrived(t *Transaction) {
 
 // propose gets a batch into the log or finds out that it is not there. Proposing twice is safe: the certifier knows
 // every GID it has decided.
-func (c *Coordinator) propose(ctx context.Context, batch []*Transaction) {
-	sets := make([]*txn.WriteSet, len(batch))
-	for i, t := range batch {
-		sets[i] = t.set
-	}
+func (c *Coordinator) propose(batch []*Transaction) {
 	c.metrics.batch.Observe(float64(len(batch)))
-	err := c.persist(ctx, batch[0].deadline, codec.AppendTransactions(nil, sets))
+	ctx, cancel := context.WithDeadline(c.life, batch[0].deadline)
+	defer cancel()
+	_, err := c.persist(ctx, c.encode(batch))
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	var doubtful []*Transaction
 	for _, t := range batch {
 		switch {
 		case t.state != proposed:
@@ -390,30 +411,78 @@ func (c *Coordinator) propose(ctx context.Context, batch []*Transaction) {
 			t.abort(txn.AbortNoQuorum)
 		default:
 			t.giveUp(err)
+			doubtful = append(doubtful, t)
 		}
 	}
+	if len(doubtful) > 0 {
+		c.background.Go(func() error { c.settle(doubtful); return nil })
+	}
+}
+
+// encode returns a batch's log entry. The write sets are not needed any more after it.
+func (c *Coordinator) encode(batch []*Transaction) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sets := make([]*txn.WriteSet, len(batch))
+	for i, t := range batch {
+		sets[i], t.set = t.set, nil
+	}
+	return codec.AppendTransactions(nil, sets)
 }
 
 var errNoVerdict = errors.New("it is in the log, but the log does not come")
 
-// persist proposes data until it is in the log or the deadline has passed. The error wraps ErrNoQuorum only if no
-// attempt can have reached the log.
-func (c *Coordinator) persist(ctx context.Context, deadline time.Time, data []byte) error {
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
+// persist proposes data until it is in the log or ctx has ended. The error wraps ErrNoQuorum only if no attempt can have
+// reached the log.
+func (c *Coordinator) persist(ctx context.Context, data []byte) (txn.LogIndex, error) {
 	maybe := false
 	for {
-		_, err := c.cfg.Order.Propose(ctx, data)
+		index, err := c.cfg.Order.Propose(ctx, data)
 		if err == nil {
-			return nil
+			return index, nil
 		}
 		maybe = maybe || !errors.Is(err, txn.ErrNoQuorum)
 		if waitErr := c.cfg.Order.AwaitLeader(ctx); waitErr != nil {
 			if maybe {
-				return fmt.Errorf("order: %w: %w", txn.ErrOutcomeUnknown, context.Cause(ctx))
+				return 0, fmt.Errorf("order: %w: %w", txn.ErrOutcomeUnknown, context.Cause(ctx))
 			}
-			return fmt.Errorf("order: %w", err)
+			return 0, fmt.Errorf("order: %w", err)
 		}
+	}
+}
+
+// settle has the log decide transactions that are in it or not: nobody knows, and they would be open for ever if they are
+// not. What the log has not let commit before an Abort entry it never will.
+func (c *Coordinator) settle(doubtful []*Transaction) {
+	for len(doubtful) > 0 && c.life.Err() == nil {
+		t := doubtful[0]
+		if c.isProposed(t) {
+			ctx, cancel := context.WithTimeout(c.life, c.cfg.CommitTimeout)
+			index, err := c.persist(ctx, abortEntry(t.gid))
+			cancel()
+			if err != nil {
+				continue // there is no leader yet
+			}
+			if err := c.cfg.Order.AwaitDecided(c.life, index); err != nil {
+				return // closed
+			}
+			c.abortUndecided(t)
+		}
+		doubtful = doubtful[1:]
+	}
+}
+
+func (c *Coordinator) isProposed(t *Transaction) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return t.state == proposed
+}
+
+func (c *Coordinator) abortUndecided(t *Transaction) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.state == proposed {
+		t.abort(txn.AbortRequested)
 	}
 }
 
@@ -428,7 +497,7 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 			if err != nil {
 				return fmt.Errorf("read spilled changes: %w", err)
 			}
-			if err := c.persist(context.Background(), time.Now().Add(c.cfg.CommitTimeout), codec.AppendChunk(nil, &codec.Chunk{GID: t.gid, Part: part, Data: data})); err != nil {
+			if err := c.sendPart(codec.Chunk{GID: t.gid, Part: part, Data: data}); err != nil {
 				return err
 			}
 			c.mu.Lock()
@@ -448,15 +517,36 @@ func (c *Coordinator) sendParts(t *Transaction, parts txn.Parts) {
 	if err != nil && !errors.Is(err, txn.ErrClosed) {
 		c.cfg.Logger.Warn("send a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
+	reason := txn.AbortNoQuorum
+	if errors.Is(err, errNotAdmitted) {
+		reason = txn.AbortBehind
+	}
 	// The final entry was never proposed, so the transaction is not in the log: let every node drop its chunks. If this does
 	// not get into the log either, they expire there. The client need not wait for that.
 	c.mu.Lock()
-	t.abort(txn.AbortNoQuorum)
+	t.abort(reason)
 	c.mu.Unlock()
-	deadline := time.Now().Add(c.cfg.CommitTimeout)
-	if err := c.persist(context.Background(), deadline, codec.AppendAbort(nil, codec.Abort{GID: t.gid, Reason: txn.AbortRequested})); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), c.cfg.CommitTimeout)
+	defer cancel()
+	if _, err := c.persist(ctx, abortEntry(t.gid)); err != nil {
 		c.cfg.Logger.Warn("abort a large write set", logkey.GID, t.gid, logkey.Error, err)
 	}
+}
+
+func abortEntry(gid txn.GID) []byte {
+	return codec.AppendAbort(nil, codec.Abort{GID: gid, Reason: txn.AbortRequested})
+}
+
+var errNotAdmitted = errors.New("the log takes no more yet")
+
+func (c *Coordinator) sendPart(chunk codec.Chunk) error {
+	ctx, cancel := context.WithTimeout(context.Background(), c.cfg.CommitTimeout)
+	defer cancel()
+	if err := c.cfg.Order.Admit(ctx); err != nil {
+		return fmt.Errorf("%w: %w", errNotAdmitted, err)
+	}
+	_, err := c.persist(ctx, codec.AppendChunk(nil, &chunk))
+	return err
 }
 
 // finish ends a transaction that was decided. Called with mu held.
@@ -487,7 +577,6 @@ func (c *Coordinator) Decided(gid txn.GID, v txn.Verdict) *Transaction {
 	if v.Commits() {
 		t.state, t.csn = decided, v.CSN
 		t.trace("order")
-		t.set = nil
 		c.waiting++
 		if c.detached {
 			c.finish(t)

@@ -20,6 +20,26 @@ import (
 type scriptedOrder struct {
 	proposals chan proposal
 	leader    chan struct{} // one value for each AwaitLeader that may return
+	lagging   chan struct{} // unless nil, Admit waits until it is closed
+	read      chan struct{} // unless nil, AwaitDecided waits until it is closed
+}
+
+func (o *scriptedOrder) Admit(ctx context.Context) error { return wait(ctx, o.lagging) }
+
+func (o *scriptedOrder) AwaitDecided(ctx context.Context, _ txn.LogIndex) error {
+	return wait(ctx, o.read)
+}
+
+func wait(ctx context.Context, c chan struct{}) error {
+	if c == nil {
+		return nil
+	}
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 type proposal struct {
@@ -74,7 +94,8 @@ func run(t *testing.T, f func(b bench)) {
 		c := New(Config{Node: 1, Incarnation: 7, Database: "postgres", Order: order, Visibility: fixedVisibility{10, 12},
 			Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
 		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
+		defer cancel()
+		done := make(chan error, 1)
 		go func() { done <- c.Run(ctx) }()
 		f(bench{t, c, order})
 		cancel()
@@ -366,8 +387,10 @@ func TestDetach(t *testing.T) {
 		later.Close()
 		b.Decided(conflicting.GID(), txn.Verdict{Reason: txn.AbortConflict, With: 15})
 		b.want(conflicting, txn.StepAbort)
+		if e := b.want(early, txn.StepAbort); e.Reason != txn.AbortCapture { // nobody sends its marker any more
+			b.Errorf("reason %s", e.Reason)
+		}
 		early.Lost()
-		b.want(early, txn.StepAbort)
 		if _, err := b.Begin(b.Context(), 1, 1); !errors.Is(err, txn.ErrClosed) {
 			b.Errorf("Begin after Detach: %v", err)
 		}
@@ -395,6 +418,64 @@ func TestNoQuorumUndoes(t *testing.T) {
 	})
 }
 
+// A wait for a PostgreSQL is no lack of a majority, and says so.
+func TestBehind(t *testing.T) {
+	behind := func(b bench, tx *Transaction, start time.Time) {
+		b.Helper()
+		if e := b.want(tx, txn.StepAbort); e.Reason != txn.AbortBehind || time.Since(start) != 10*time.Second {
+			b.Errorf("reason %s after %s", e.Reason, time.Since(start))
+		}
+		b.forget(tx.GID())
+	}
+	t.Run("flow control", func(t *testing.T) {
+		run(t, func(b bench) {
+			b.order.lagging = make(chan struct{})
+			tx, large := b.begin(), b.begin()
+			start := time.Now()
+			b.mark(tx)
+			set := someSet()
+			set.Chunks = 1
+			b.Marked(large.GID(), set, &someParts{parts: [][]byte{{1, 'I'}}}, nil)
+			behind(b, tx, start)
+			behind(b, large, start)
+			if p := <-b.order.proposals; p.entry.Abort == nil {
+				b.Errorf("want an Abort entry: %+v", p.entry)
+			} else {
+				p.answer <- nil
+			}
+			close(b.order.lagging)
+			cutOff := b.begin()
+			b.mark(cutOff)
+			(<-b.order.proposals).answer <- txn.ErrNoQuorum
+			if e := b.want(cutOff, txn.StepAbort); e.Reason != txn.AbortNoQuorum {
+				b.Errorf("reason %s", e.Reason)
+			}
+		})
+	})
+	t.Run("others wait for their turn", func(t *testing.T) {
+		run(t, func(b bench) {
+			var first []*Transaction
+			for range maxUnfinished + 1 {
+				first = append(first, b.begin())
+			}
+			for _, tx := range first {
+				b.mark(tx)
+			}
+			p := <-b.order.proposals
+			p.answer <- nil
+			for n, set := range p.entry.Transactions {
+				b.Decided(set.GID, txn.Verdict{CSN: txn.CSN(13 + n)})
+			}
+			if b.waiting != maxUnfinished+1 {
+				b.Fatalf("%d wait", b.waiting)
+			}
+			tx, start := b.begin(), time.Now()
+			b.mark(tx)
+			behind(b, tx, start)
+		})
+	})
+}
+
 // One attempt that may have reached the log is enough: then only the log can say no.
 func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 	run(t, func(b bench) {
@@ -416,6 +497,74 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 		held.Release()
 		<-held.Finished()
 		held.Visible(30)
+		b.forget(tx.GID())
+	})
+}
+
+// What is neither certainly in the log nor certainly not is decided as soon as somebody leads again, also if the session has
+// long gone: by the log itself, or by an Abort entry.
+func TestDoubtfulIsSettled(t *testing.T) {
+	run(t, func(b bench) {
+		b.order.read = make(chan struct{})
+		never, committed, decided := b.begin(), b.begin(), b.begin()
+		all := []*Transaction{never, committed, decided}
+		for _, tx := range all {
+			b.mark(tx)
+		}
+		p := <-b.order.proposals
+		if n := len(p.entry.Transactions); n != len(all) {
+			b.Fatalf("batch of %d", n)
+		}
+		p.answer <- txn.ErrOutcomeUnknown // and no leader until CommitTimeout
+		for _, tx := range all {
+			b.want(tx, txn.StepUnknown)
+			tx.Close()
+			if tx.set != nil {
+				b.Error("the write set is kept")
+			}
+		}
+		if f := b.InFlight(); len(f) != 3 || f[0].Stage != "in doubt" {
+			b.Errorf("in flight: %+v", f)
+		}
+		time.Sleep(65 * time.Second) // in the middle of an attempt
+		if b.Decided(decided.GID(), txn.Verdict{Reason: txn.AbortConflict}); len(b.InFlight()) != 2 {
+			b.Error("decided, and still in flight")
+		}
+		settle := func(tx *Transaction) {
+			b.Helper()
+			p := <-b.order.proposals
+			if p.entry.Abort == nil || p.entry.Abort.GID != tx.GID() {
+				b.Fatalf("want an Abort entry for %s: %+v", tx.GID(), p.entry)
+			}
+			p.answer <- txn.ErrOutcomeUnknown
+			b.order.leader <- struct{}{}
+			(<-b.order.proposals).answer <- nil
+			synctest.Wait()
+		}
+		settle(never)
+		if f := b.InFlight(); len(f) != 2 {
+			b.Fatalf("the log may still have let it commit: in flight %+v", f)
+		}
+		close(b.order.read)
+		settle(committed)
+		b.forget(never.GID(), committed.GID(), decided.GID())
+	})
+	run(t, func(b bench) {
+		b.order.read = make(chan struct{})
+		tx := b.begin()
+		b.mark(tx)
+		(<-b.order.proposals).answer <- txn.ErrOutcomeUnknown
+		b.want(tx, txn.StepUnknown)
+		tx.Close()
+		(<-b.order.proposals).answer <- nil
+		held := b.Decided(tx.GID(), txn.Verdict{CSN: 13}) // the log had it, before the Abort entry
+		close(b.order.read)
+		synctest.Wait()
+		if held != tx || len(b.InFlight()) != 1 {
+			b.Fatal("not held")
+		}
+		held.Release()
+		held.Visible(13)
 		b.forget(tx.GID())
 	})
 }

@@ -25,7 +25,7 @@ func newMetrics(r prometheus.Registerer) metrics {
 		decided: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "quorate_coord_transactions_total", Help: "This node's own transactions by verdict; reason none is a commit."}, []string{"reason"}),
 		nudges:  prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_coord_nudges_total", Help: "Markers that arrived before their seal."}),
 	}
-	for reason := txn.AbortNone; reason <= txn.AbortInvalid; reason++ {
+	for reason := txn.AbortNone; reason <= txn.AbortBehind; reason++ {
 		m.decided.WithLabelValues(reason.String())
 	}
 	r.MustRegister(m.capture, m.order, m.total, m.batch, m.decided, m.nudges)

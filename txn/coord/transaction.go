@@ -92,7 +92,7 @@ func (t *Transaction) send(e txn.Event) {
 	}
 }
 
-// abort ends a transaction that is certainly not in the log. Called with mu held.
+// abort ends a transaction that the log certainly does not let commit. Called with mu held.
 func (t *Transaction) abort(reason txn.AbortReason) {
 	t.state = finished
 	t.traceEnd(reason.String())
@@ -109,7 +109,7 @@ func (t *Transaction) expire() {
 	t.expired = true
 	switch {
 	case t.state == queued:
-		t.c.unqueue(t).abort(txn.AbortNoQuorum)
+		t.c.unqueue(t).abort(t.c.blame)
 	case t.state == proposed && t.ordered:
 		t.giveUp(errNoVerdict)
 	}
