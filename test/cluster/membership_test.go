@@ -574,7 +574,7 @@ func setBack(t *testing.T, ctx context.Context, c *cluster.Cluster, number int, 
 		}
 	}
 
-	resync(t, ctx, c, 2, 1)
+	resync(t, ctx, c, 2, 2) // the others may not have a connection to it again yet
 	writeAt(t, ctx, c, 2, number+2)
 	if v, err := c.VerifyOnline(ctx, 1); err != nil || len(v.Members) != 2 || len(v.Differing) > 0 {
 		t.Errorf("verify: %+v, %v", v, err)
