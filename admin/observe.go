@@ -125,7 +125,7 @@ func timeless(v *pb.View) *pb.View {
 	for _, n := range v.Nodes {
 		n.ReportAgeSeconds = side(n.ReportAgeSeconds, v.HeartbeatTimeoutSeconds)
 		if h := n.Health; h != nil {
-			h.UptimeSeconds, h.QueueSeconds, h.OldestTransactionSeconds, h.DiskFreeBytes = 0, 0, 0, 0
+			h.UptimeSeconds, h.QueueSeconds, h.OldestTransactionSeconds, h.DiskFreeBytes, h.SlotLagBytes = 0, 0, 0, 0, 0
 		}
 		for _, cell := range n.Hears {
 			cell.AgeSeconds = side(cell.AgeSeconds, v.HeartbeatTimeoutSeconds)

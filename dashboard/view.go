@@ -68,7 +68,8 @@ type Node struct {
 	MaxConnections    *uint64  `json:"maxConnections"`
 	DiskFree          *uint64  `json:"diskFree"` // bytes
 	DiskTotal         *uint64  `json:"diskTotal"`
-	WAL               *uint64  `json:"wal"` // bytes that PostgreSQL keeps
+	WAL               *uint64  `json:"wal"`     // bytes that PostgreSQL keeps
+	SlotLag           *uint64  `json:"slotLag"` // bytes of it that are not confirmed by who reads it
 	OldestTransaction *Millis  `json:"oldestTransaction"`
 	Uptime            *Millis  `json:"uptime"`
 

@@ -186,7 +186,7 @@ func shownNode(seen *pb.View, from *pb.NodeView) dashboard.Node {
 		}
 		if h.GetPostgresUp() {
 			is.Connections, is.MaxConnections = ptr(uint64(h.Connections)), ptr(uint64(h.MaxConnections))
-			is.WAL, is.OldestTransaction = &h.WalKeptBytes, ptr(millis(h.OldestTransactionSeconds))
+			is.WAL, is.SlotLag, is.OldestTransaction = &h.WalKeptBytes, &h.SlotLagBytes, ptr(millis(h.OldestTransactionSeconds))
 		}
 		if h.DiskTotalBytes > 0 {
 			is.DiskFree, is.DiskTotal = &h.DiskFreeBytes, &h.DiskTotalBytes

@@ -29,13 +29,14 @@ type serverHealth struct {
 	version                     string
 	connections, maxConnections uint32
 	oldest                      float64 // seconds
-	walKept                     uint64
+	walKept, slotLag            uint64
 }
 
 // healthSQL is one row of text. It takes no lock and looks at shared memory only.
 const healthSQL = `SELECT current_setting('server_version'), count(*), current_setting('max_connections'),
  coalesce(greatest(0, extract(epoch FROM clock_timestamp() - min(xact_start))), 0),
  (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn))), 0)::bigint FROM pg_replication_slots),
+ (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn))), 0)::bigint FROM pg_replication_slots),
  pg_current_wal_flush_lsn() - '0/0'
  FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()`
 
@@ -80,22 +81,23 @@ func (i *incarnation) askHealth(ctx context.Context, conn **pgconn.PgConn) (err 
 	if err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
-	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 6 {
-		return errors.New("query health: not one row of six values")
+	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 7 {
+		return errors.New("query health: not one row of seven values")
 	}
 	row := results[0].Rows[0]
 	connections, err1 := strconv.ParseUint(string(row[1]), 10, 32)
 	most, err2 := strconv.ParseUint(string(row[2]), 10, 32)
 	oldest, err3 := strconv.ParseFloat(string(row[3]), 64)
 	kept, err4 := strconv.ParseUint(string(row[4]), 10, 64)
-	flushed, err5 := strconv.ParseUint(string(row[5]), 10, 64)
-	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
+	unconfirmed, err5 := strconv.ParseUint(string(row[5]), 10, 64)
+	flushed, err6 := strconv.ParseUint(string(row[6]), 10, 64)
+	if err := errors.Join(err1, err2, err3, err4, err5, err6); err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
 	i.n.noteFlushed(txn.LSN(flushed))
 	i.n.seen.server.Store(&serverHealth{
 		at: time.Now(), version: string(row[0]), connections: uint32(connections), maxConnections: uint32(most),
-		oldest: oldest, walKept: kept,
+		oldest: oldest, walKept: kept, slotLag: unconfirmed,
 	})
 	return nil
 }
@@ -151,7 +153,7 @@ func (n *Node) health() *pb.Health {
 	}
 	if p != nil {
 		h.PostgresVersion, h.Connections, h.MaxConnections = p.version, p.connections, p.maxConnections
-		h.OldestTransactionSeconds, h.WalKeptBytes = p.oldest, p.walKept
+		h.OldestTransactionSeconds, h.WalKeptBytes, h.SlotLagBytes = p.oldest, p.walKept, p.slotLag
 	}
 	if d := n.seen.disk.Load(); d != nil {
 		h.DiskFreeBytes, h.DiskTotalBytes = d.free, d.total
@@ -180,13 +182,14 @@ var (
 	maxConnectionsDesc = nodeDesc("postgres_max_connections", "PostgreSQL's setting max_connections.")
 	oldestDesc         = nodeDesc("postgres_oldest_transaction_seconds", "Age of the oldest transaction in PostgreSQL.")
 	walKeptDesc        = nodeDesc("postgres_wal_kept_bytes", "WAL that PostgreSQL keeps for its replication slots.")
+	slotLagDesc        = nodeDesc("postgres_slot_lag_bytes", "WAL that has been written, and that the slowest reader of a logical replication slot has not confirmed.")
 	buildDesc          = prometheus.NewDesc("quorate_build_info", "1, with the versions as labels.", []string{"version", "postgres"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c healthCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{quorumDesc, writesDesc, membersDesc, membersHeardDesc, votersDesc, votersHeardDesc, diskFreeDesc, diskSizeDesc, postgresUpDesc,
-		connectionsDesc, maxConnectionsDesc, oldestDesc, walKeptDesc, buildDesc} {
+		connectionsDesc, maxConnectionsDesc, oldestDesc, walKeptDesc, slotLagDesc, buildDesc} {
 		ch <- d
 	}
 }
@@ -224,5 +227,6 @@ func (c healthCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(maxConnectionsDesc, float64(h.MaxConnections))
 		gauge(oldestDesc, h.OldestTransactionSeconds)
 		gauge(walKeptDesc, float64(h.WalKeptBytes))
+		gauge(slotLagDesc, float64(h.SlotLagBytes))
 	}
 }

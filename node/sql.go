@@ -94,7 +94,7 @@ func nodeRows(v *pb.View) (rows []row) {
 				"state": h.State, "role": named(h.Role), "accepts_writes": h.AcceptsWrites, "reason": named(h.Reason), "lag": m.Lag, "applied_csn": h.AppliedCsn,
 				"queue_transactions": h.QueueTransactions, "commits_per_second": h.CommitsPerSecond, "aborts_per_second": h.AbortsPerSecond,
 				"sessions": h.Sessions, "postgres_up": h.PostgresUp, "postgres_version": named(h.PostgresVersion), "connections": h.Connections,
-				"max_connections": h.MaxConnections, "oldest_transaction_seconds": h.OldestTransactionSeconds, "wal_kept_bytes": h.WalKeptBytes,
+				"max_connections": h.MaxConnections, "oldest_transaction_seconds": h.OldestTransactionSeconds, "wal_kept_bytes": h.WalKeptBytes, "slot_lag_bytes": h.SlotLagBytes,
 				"version": h.Version, "uptime_seconds": h.UptimeSeconds, "disk_free_bytes": h.DiskFreeBytes, "disk_total_bytes": h.DiskTotalBytes,
 			} {
 				r[name] = value

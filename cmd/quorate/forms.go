@@ -33,6 +33,7 @@ type healthForm struct {
 	MaxConnections           uint32  `json:"max_connections"`
 	OldestTransactionSeconds float64 `json:"oldest_transaction_seconds"`
 	WALKeptBytes             uint64  `json:"wal_kept_bytes"`
+	SlotLagBytes             uint64  `json:"slot_lag_bytes"`
 	Version                  string  `json:"version"`
 	UptimeSeconds            float64 `json:"uptime_seconds"`
 	DiskFreeBytes            uint64  `json:"disk_free_bytes"`
@@ -46,7 +47,7 @@ func newHealthForm(h *pb.Health) *healthForm {
 	return &healthForm{
 		h.State, h.Reason, h.AcceptsWrites, h.Quorum, cmp.Or(h.Role, "unknown"), h.Leader, h.Term, h.CommitIndex, h.AppliedIndex, h.Csn, h.AppliedCsn,
 		h.QueueTransactions, h.QueueSeconds, h.CommitsPerSecond, h.AbortsPerSecond, h.Sessions, h.PostgresUp, h.PostgresVersion,
-		h.Connections, h.MaxConnections, h.OldestTransactionSeconds, h.WalKeptBytes, h.Version, h.UptimeSeconds, h.DiskFreeBytes, h.DiskTotalBytes,
+		h.Connections, h.MaxConnections, h.OldestTransactionSeconds, h.WalKeptBytes, h.SlotLagBytes, h.Version, h.UptimeSeconds, h.DiskFreeBytes, h.DiskTotalBytes,
 	}
 }
 

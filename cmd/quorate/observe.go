@@ -349,14 +349,14 @@ func yesNo(yes bool) cell {
 }
 
 func (s *screen) nodes(v viewForm) {
-	head := []string{"node", "role", "state", "writes", "lag", "queue", "commits/s", "aborts/s", "clients", "server", "disk free", "wal kept", "up", "heard"}
+	head := []string{"node", "role", "state", "writes", "lag", "queue", "commits/s", "aborts/s", "clients", "server", "disk free", "wal kept", "slot lag", "up", "heard"}
 	var rows [][]cell
 	for _, n := range v.Nodes {
 		row := []cell{number(n.ID)}
 		h := n.Health
 		if h == nil {
 			row = append(row, text("unknown"), cell{text: "no contact", style: bad}, yesNo(false))
-			for range 9 {
+			for range 10 {
 				row = append(row, unknown())
 			}
 		} else {
@@ -372,7 +372,7 @@ func (s *screen) nodes(v viewForm) {
 				server = cell{text: "down", style: bad}
 			}
 			row = append(row, text(h.Role), state, yesNo(h.AcceptsWrites && n.Heard), maybe(n.Lag), number(h.QueueTransactions),
-				rate(h.CommitsPerSecond), rate(h.AbortsPerSecond), number(h.Sessions), server, size(h.DiskFreeBytes), size(h.WALKeptBytes), seconds(h.UptimeSeconds))
+				rate(h.CommitsPerSecond), rate(h.AbortsPerSecond), number(h.Sessions), server, size(h.DiskFreeBytes), size(h.WALKeptBytes), size(h.SlotLagBytes), seconds(h.UptimeSeconds))
 		}
 		heard := unknown()
 		if n.ReportAgeSeconds != nil {

@@ -338,7 +338,7 @@
   // Cards. Each knows the places of its values.
   const cards = new Map();
   const labels = { drain: "Drain…", resume: "Resume", transfer: "Make it the leader…", resync: "Resync…", remove: "Remove…" };
-  const small = ["Applied", "Log", "Clients", "Oldest tx", "Disk free", "WAL kept", "Up for", "Heard"];
+  const small = ["Applied", "Log", "Clients", "Oldest tx", "Disk free", "WAL kept", "Slot lag", "Up for", "Heard"];
   const card = (id) => {
     const at = {};
     const place = (name, tag = "dd") => (at[name] = el(tag));
@@ -395,6 +395,7 @@
       text(at["Oldest tx"], span(v(n.oldestTransaction)));
       text(at["Disk free"], known(n.diskFree) ? bytes(n.diskFree) + (n.diskTotal ? ` (${Math.floor(100 * n.diskFree / n.diskTotal)} %)` : "") : NONE);
       text(at["WAL kept"], bytes(n.wal));
+      text(at["Slot lag"], bytes(n.slotLag));
       text(at["Up for"], span(v(n.uptime)));
       text(at.Heard, self ? "is this node" : known(n.contact) ? span(n.contact) + " ago" : "never");
       const versions = [n.postgres && `PostgreSQL ${n.postgres}`, n.version && `Quorate ${n.version}`].filter(Boolean).join(", ") || NONE;

@@ -550,7 +550,7 @@ SELECT * FROM jsonb_to_recordset(quorate.seen('nodes')) AS r (
     applied_csn bigint, queue_transactions bigint, commits_per_second float8, aborts_per_second float8, sessions integer,
     postgres_up boolean, postgres_version text, connections integer, max_connections integer, oldest_transaction_seconds float8,
     wal_kept_bytes bigint, version text, uptime_seconds float8, disk_free_bytes bigint, disk_total_bytes bigint,
-    gateway text, grpc text, http text, refreshed_at timestamptz);
+    gateway text, grpc text, http text, refreshed_at timestamptz, slot_lag_bytes bigint);
 
 CREATE OR REPLACE VIEW quorate.heartbeats AS
 SELECT * FROM jsonb_to_recordset(quorate.seen('heartbeats')) AS r (

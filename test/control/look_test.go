@@ -26,6 +26,7 @@ type view struct {
 		Health *struct {
 			State       string
 			PostgresUp  bool    `json:"postgres_up"`
+			SlotLag     *uint64 `json:"slot_lag_bytes"`
 			Connections int     `json:"connections"`
 			DiskFree    float64 `json:"disk_free_bytes"`
 			Commits     float64 `json:"commits_per_second"`
@@ -59,7 +60,7 @@ func TestEveryNodeShowsTheCluster(t *testing.T) {
 				return fmt.Errorf("node %d shows %+v", asked, v)
 			}
 			for _, n := range v.Nodes {
-				if !n.Heard || n.Health == nil || n.Health.State != "active" || !n.Health.PostgresUp || n.Health.Connections == 0 || n.Health.DiskFree == 0 {
+				if !n.Heard || n.Health == nil || n.Health.State != "active" || !n.Health.PostgresUp || n.Health.SlotLag == nil || *n.Health.SlotLag > 1<<30 || n.Health.Connections == 0 || n.Health.DiskFree == 0 {
 					return fmt.Errorf("node %d shows node %d as %+v", asked, n.ID, n.Health)
 				}
 				for _, other := range v.Nodes {

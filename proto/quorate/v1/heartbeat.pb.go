@@ -425,6 +425,7 @@ type Health struct {
 	MaxConnections           uint32                 `protobuf:"varint,23,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"`
 	OldestTransactionSeconds float64                `protobuf:"fixed64,24,opt,name=oldest_transaction_seconds,json=oldestTransactionSeconds,proto3" json:"oldest_transaction_seconds,omitempty"`
 	WalKeptBytes             uint64                 `protobuf:"varint,25,opt,name=wal_kept_bytes,json=walKeptBytes,proto3" json:"wal_kept_bytes,omitempty"` // by replication slots
+	SlotLagBytes             uint64                 `protobuf:"varint,26,opt,name=slot_lag_bytes,json=slotLagBytes,proto3" json:"slot_lag_bytes,omitempty"` // from what the slowest reader of a logical replication slot has confirmed to the end of the WAL
 	Version                  string                 `protobuf:"bytes,30,opt,name=version,proto3" json:"version,omitempty"`                                  // of Quorate
 	UptimeSeconds            float64                `protobuf:"fixed64,31,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
 	DiskFreeBytes            uint64                 `protobuf:"varint,32,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"` // where its data directory is
@@ -617,6 +618,13 @@ func (x *Health) GetWalKeptBytes() uint64 {
 	return 0
 }
 
+func (x *Health) GetSlotLagBytes() uint64 {
+	if x != nil {
+		return x.SlotLagBytes
+	}
+	return 0
+}
+
 func (x *Health) GetVersion() string {
 	if x != nil {
 		return x.Version
@@ -681,7 +689,7 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\x04loss\x18\x04 \x01(\x01R\x04loss\x12%\n" +
 	"\x0ejitter_seconds\x18\x05 \x01(\x01R\rjitterSecondsB\x0e\n" +
 	"\f_age_secondsB\x15\n" +
-	"\x13_round_trip_seconds\"\xb2\a\n" +
+	"\x13_round_trip_seconds\"\xd8\a\n" +
 	"\x06Health\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12%\n" +
@@ -707,7 +715,8 @@ const file_quorate_v1_heartbeat_proto_rawDesc = "" +
 	"\vconnections\x18\x16 \x01(\rR\vconnections\x12'\n" +
 	"\x0fmax_connections\x18\x17 \x01(\rR\x0emaxConnections\x12<\n" +
 	"\x1aoldest_transaction_seconds\x18\x18 \x01(\x01R\x18oldestTransactionSeconds\x12$\n" +
-	"\x0ewal_kept_bytes\x18\x19 \x01(\x04R\fwalKeptBytes\x12\x18\n" +
+	"\x0ewal_kept_bytes\x18\x19 \x01(\x04R\fwalKeptBytes\x12$\n" +
+	"\x0eslot_lag_bytes\x18\x1a \x01(\x04R\fslotLagBytes\x12\x18\n" +
 	"\aversion\x18\x1e \x01(\tR\aversion\x12%\n" +
 	"\x0euptime_seconds\x18\x1f \x01(\x01R\ruptimeSeconds\x12&\n" +
 	"\x0fdisk_free_bytes\x18  \x01(\x04R\rdiskFreeBytes\x12(\n" +
