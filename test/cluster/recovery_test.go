@@ -36,6 +36,7 @@ func TestRecovery(t *testing.T) {
 		{"NodeKilled", nodeKilled},
 		{"AllKilled", allKilled},
 		{"SessionDiesBeforeItsTurn", sessionDiesBeforeItsTurn},
+		{"SlotDropped", slotDropped},
 		{"ConnectionsExhausted", connectionsExhausted},
 		{"PostgresDiskFull", postgresDiskFull},
 		{"SpillDiskFull", spillDiskFull},
@@ -161,7 +162,7 @@ func (l *load) write(ctx context.Context, node int, writer string) {
 			known = true
 			l.told[id] = true
 			l.commits[node] = append(l.commits[node], time.Now())
-		case slices.Contains([]string{"40001", "25006", "57P03"}, cluster.SQLState(err)):
+		case slices.Contains([]string{"40001", "25006", "53000", "57P03"}, cluster.SQLState(err)):
 			l.told[id] = false
 		}
 		l.mu.Unlock()
@@ -565,6 +566,30 @@ func connectionsExhausted(t *testing.T, ctx context.Context, c *cluster.Cluster)
 	}
 	l.awaitCommits(ctx, 20)
 	awaitState(t, ctx, c, 3, "active", "")
+	l.finish(ctx)
+}
+
+// slotDropped: without its slot a node captures nothing. COMMITs wait for it, but not for ever: the node makes another.
+func slotDropped(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	l := startLoad(t, ctx, c)
+	before := number(t, metric(t, ctx, c, 2, "quorate_node_recoveries_total"))
+	conn := direct(t, ctx, c, 2)
+	dropped := time.Now()
+	eventually(t, ctx, func() error { // capture may be back before it is dropped
+		_, err := conn.Exec(ctx, `SELECT pg_terminate_backend(active_pid, 1000), pg_drop_replication_slot(slot_name)
+			FROM pg_replication_slots WHERE slot_name = 'quorate'`)
+		return err
+	})
+	eventually(t, ctx, func() error {
+		if number(t, metric(t, ctx, c, 2, "quorate_node_recoveries_total")) == before {
+			return errors.New("the node goes on without a slot")
+		}
+		return nil
+	})
+	awaitState(t, ctx, c, 2, "active", "")
+	l.awaitCommits(ctx, 20)
+	t.Logf("the slot of node 2 dropped: no commit for %v there, for %v on the others",
+		l.longestPause(dropped, 2).Round(time.Millisecond), l.longestPause(dropped, 1, 3).Round(time.Millisecond))
 	l.finish(ctx)
 }
 
