@@ -32,6 +32,11 @@ func raftLogDiskFull(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		t.Errorf("connect to the node meanwhile: %v", err)
 	}
 	l.awaitCommits(ctx, 20, others(c, victim)...)
+	// It answers, but without the one that would be taken away there would be no majority that stores anything.
+	rest := others(c, victim)
+	if out, err := c.Command(ctx, "remove", strconv.Itoa(rest[0]), "--address", c.GRPC(rest[1])); err == nil || !strings.Contains(err.Error()+out, "no space left on device") {
+		t.Errorf("one of the two that can store was removed: %s, %v", out, err)
+	}
 	// A new start does not help as long as there is no room, and does no harm.
 	stopNode(t, ctx, c, victim)
 	check(t, c.StartNode(victim))
