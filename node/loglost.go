@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
+	"sync"
 
+	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/logkey"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
 // A node whose log was set back, or is missing, has lost votes and entries that it has given its word for. If it voted, an
@@ -26,23 +29,57 @@ func (l logLost) Error() string {
 func (logLost) Unwrap() error { return errSetBack }
 
 // checkLog finds out, before anything works with it, whether the log is lost.
-func (n *Node) checkLog(context.Context) error {
+func (n *Node) checkLog(ctx context.Context) error {
 	id := n.identity.get()
 	if id.LogLost != "" {
 		n.fence(logLost(id.LogLost))
 		return nil
 	}
-	if !id.Started {
-		return nil
-	}
 	dir := id.RaftDir(n.cfg.DataDir)
-	switch _, err := os.Stat(dir); {
-	case errors.Is(err, fs.ErrNotExist):
+	term, last, err := consensus.Promised(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && id.Started:
 		return n.loseLog(logLost("the log of this node, " + dir + ", is missing"))
-	case err != nil:
-		return fmt.Errorf("look for the log: %w", err)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	for _, said := range n.recall(ctx) {
+		if said.Term > term || said.CommitIndex > uint64(last) {
+			return n.loseLog(logLost(fmt.Sprintf("the log was set back: it ends at entry %d and in term %d, and the node has told the others of entry %d and term %d",
+				last, term, said.CommitIndex, said.Term)))
+		}
 	}
 	return nil
+}
+
+// recall asks the other members, at once, what this node has last said of itself. Terms and the entries that it knew to be committed were
+// on its disk before it spoke of them. Who does not answer in time, or was itself started since, knows nothing.
+func (n *Node) recall(ctx context.Context) (said []*pb.Health) {
+	ctx, cancel := context.WithTimeout(ctx, aliveTimeout)
+	defer cancel()
+	cluster := n.identity.get().ClusterID
+	var mu sync.Mutex
+	var asking sync.WaitGroup
+	for _, id := range n.others() {
+		asking.Go(func() {
+			conn, err := n.peers.Conn(id)
+			var resp *pb.RecallResponse
+			if err == nil {
+				resp, err = pb.NewHeartbeatClient(conn).Recall(ctx, &pb.RecallRequest{ClusterId: cluster[:], Node: uint32(n.cfg.Node)})
+			}
+			if err != nil {
+				n.log.Debug("ask what this node has been", "member", id, logkey.Error, err)
+				return
+			}
+			if resp.Health != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				said = append(said, resp.Health)
+			}
+		})
+	}
+	asking.Wait()
+	return said
 }
 
 // loseLog fences a node before it opens its log, for good.

@@ -29,6 +29,8 @@ type other struct {
 	pb.UnimplementedMembershipServer
 	pb.UnimplementedClusterServer
 	pb.UnimplementedRecoveryServer
+	pb.UnimplementedHeartbeatServer
+	said   *pb.Health // what it remembers of node 1
 	status *pb.StatusResponse
 	offer  *pb.OfferResponse
 
@@ -58,6 +60,10 @@ func (o *other) Offer(context.Context, *pb.OfferRequest) (*pb.OfferResponse, err
 	return o.offer, nil
 }
 
+func (o *other) Recall(context.Context, *pb.RecallRequest) (*pb.RecallResponse, error) {
+	return &pb.RecallResponse{Health: o.said}, nil
+}
+
 // withOther is as much of node 1 as asks the other member: a witness, in the state that a test begins with.
 func withOther(t *testing.T, o *other, state string) *Node {
 	t.Helper()
@@ -69,6 +75,7 @@ func withOther(t *testing.T, o *other, state string) *Node {
 	pb.RegisterMembershipServer(s, o)
 	pb.RegisterClusterServer(s, o)
 	pb.RegisterRecoveryServer(s, o)
+	pb.RegisterHeartbeatServer(s, o)
 	n := &Node{log: slog.New(slog.NewTextHandler(t.Output(), nil)), group: new(errgroup.Group)}
 	n.cfg = config.Config{Cluster: "c", Node: 1, Role: config.RoleWitness, DataDir: t.TempDir(), Members: []config.Member{{ID: 1}, {ID: 2, GRPC: l.Addr().String()}}}
 	n.identity = identity{dir: n.cfg.DataDir, now: config.Identity{Cluster: "c", ClusterID: txn.UUID{9}, Node: 1, State: state, Started: true}}

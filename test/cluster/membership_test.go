@@ -480,7 +480,7 @@ func TestForceNewCluster(t *testing.T) {
 	}
 }
 
-// TestSetBack: a node whose PostgreSQL or data directory comes from a backup does not go on as if nothing had been. It says what
+// TestSetBack: a node whose PostgreSQL comes from a backup, alone or with all else, does not go on as if nothing had been. It says what
 // is wrong, and gets its data anew when it is told to.
 func TestSetBack(t *testing.T) {
 	t.Parallel()
@@ -524,14 +524,14 @@ func TestSetBack(t *testing.T) {
 			return nil
 		})
 	})
-	// The data directory alone, with the log in it: the node does not vote any more, so it must not be one of two who have to.
+	// All of it, with the log: the node does not vote any more, so it must not be one of two who have to.
 	_, err = c.Change(ctx, "demote", 2, 1)
 	check(t, err)
 	setBack(t, ctx, c, 21, false, func() {
 		check(t, c.StopNode(2))
 		logs, err := filepath.Glob(filepath.Join(c.NodeDir(2), "raft*"))
 		check(t, err)
-		for _, name := range append(logs, filepath.Join(c.NodeDir(2), "identity")) {
+		for _, name := range append(logs, filepath.Join(c.NodeDir(2), "identity"), filepath.Join(c.NodeDir(2), "flushed_lsn"), data) {
 			check(t, exec.CommandContext(ctx, "cp", "-a", name, name+".backup").Run())
 		}
 		check(t, c.StartNode(2))
