@@ -10,9 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/quorate/quorate/admin"
@@ -126,11 +124,7 @@ func (n *Node) askToAdd(ctx context.Context, peers []string, req *pb.AddRequest)
 func (n *Node) addAt(ctx context.Context, address string, req *pb.AddRequest) (*pb.AddResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	options := n.dialOptions()
-	if len(options) == 0 {
-		options = []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()}
-	}
-	conn, err := grpc.NewClient("passthrough:///"+address, options...)
+	conn, err := n.dial(address)
 	if err != nil {
 		return nil, err
 	}

@@ -11,7 +11,9 @@ import (
 	"github.com/quorate/quorate/consensus"
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
+	"github.com/quorate/quorate/internal/peers"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/txn"
 )
 
 // A node whose log was set back, or is missing, has lost votes and entries that it has given its word for. If it voted, an
@@ -62,11 +64,7 @@ func (n *Node) recall(ctx context.Context) (said []*pb.Health) {
 	var asking sync.WaitGroup
 	for _, id := range n.others() {
 		asking.Go(func() {
-			conn, err := n.peers.Conn(id)
-			var resp *pb.RecallResponse
-			if err == nil {
-				resp, err = pb.NewHeartbeatClient(conn).Recall(ctx, &pb.RecallRequest{ClusterId: cluster[:], Node: uint32(n.cfg.Node)})
-			}
+			resp, err := n.recallAt(ctx, id, &pb.RecallRequest{ClusterId: cluster[:], Node: uint32(n.cfg.Node)})
 			if err != nil {
 				n.log.Debug("ask what this node has been", "member", id, logkey.Error, err)
 				return
@@ -80,6 +78,21 @@ func (n *Node) recall(ctx context.Context) (said []*pb.Health) {
 	}
 	asking.Wait()
 	return said
+}
+
+// recallAt asks over a connection of its own. The peers' one would be slow to try again where all nodes are starting, and
+// whoever asks about the others then is told that they do not answer.
+func (n *Node) recallAt(ctx context.Context, id txn.NodeID, req *pb.RecallRequest) (*pb.RecallResponse, error) {
+	address, ok := n.grpcAddress(id)
+	if !ok {
+		return nil, peers.ErrUnknown
+	}
+	conn, err := n.dial(address)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return pb.NewHeartbeatClient(conn).Recall(ctx, req)
 }
 
 // loseLog fences a node before it opens its log, for good.

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
@@ -145,6 +146,15 @@ func (n *Node) dialOptions() []grpc.DialOption {
 		return nil
 	}
 	return []grpc.DialOption{grpc.WithTransportCredentials(authz.ClientCredentials(n.certificates)), grpc.WithNoProxy()}
+}
+
+// dial connects to a node's gRPC server, for one question. The caller closes the connection.
+func (n *Node) dial(address string) (*grpc.ClientConn, error) {
+	options := n.dialOptions()
+	if len(options) == 0 {
+		options = []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()}
+	}
+	return grpc.NewClient("passthrough:///"+address, options...)
 }
 
 // listen listens for people and members, no more than maxConnections of them at a time.

@@ -217,6 +217,10 @@ func (r *run) verifyAll(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, calmTimeout)
 	defer cancel()
 	v, err := r.cluster.VerifyOnline(ctx, 1)
+	for err != nil && strings.Contains(err.Error(), "another snapshot is being taken") && ctx.Err() == nil {
+		wait(ctx, 100*time.Millisecond) // for verify, or what is left of it
+		v, err = r.cluster.VerifyOnline(ctx, 1)
+	}
 	if err == nil {
 		r.tell("at CSN %d all nodes have the same rows", v.CSN)
 	}
