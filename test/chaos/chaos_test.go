@@ -19,7 +19,7 @@ func TestSeeds(t *testing.T) {
 	had := map[faults.Kind]int{}
 	var possible []faults.Kind
 	for _, seed := range []uint64{1, 2, 3} {
-		summary, err := Run(t.Context(), Options{Binary: binary, Seed: seed, Duration: 14 * time.Second, Log: t.Output()})
+		summary, err := Run(t.Context(), Options{Binary: binary, Seed: seed, Duration: 12 * time.Second, Log: t.Output()})
 		t.Log(summary)
 		must(t, err)
 		possible = summary.Options.Kinds
