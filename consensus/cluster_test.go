@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -323,16 +324,7 @@ func (tc *testCluster) readIndex(i int) txn.LogIndex {
 
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
-	}()
-	return l.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", pgtest.FreePort(t))
 }
 
 func testLogger(t testing.TB, node int) *slog.Logger {

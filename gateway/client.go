@@ -208,6 +208,7 @@ func (s *session) onQuery(m message) error {
 	}
 	sql = sql[:len(sql)-1]
 	s.stmts = sqllex.Split(sql, s.options(), s.stmts[:0])
+	s.noteOpaque()
 	for i := range s.stmts {
 		if r := s.stmts[i].Refusal; r != sqllex.NotRefused {
 			return s.refuseQuery(refusals[r])

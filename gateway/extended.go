@@ -152,6 +152,7 @@ func (s *session) onParse(m message) error {
 		return &protocolError{"malformed Parse"}
 	}
 	s.stmts = sqllex.Split(sql, s.options(), s.stmts[:0])
+	s.noteOpaque()
 	st := &statement{}
 	if len(s.stmts) == 1 { // several are an error of the server's, none is the empty statement
 		st.Statement = s.stmts[0]

@@ -97,13 +97,14 @@ type session struct {
 	portals    map[string]*statement
 	unit       unit // of the server loop while it is in the queue
 	commitOp   commitOp
-	holding    bool // the messages of an extended-protocol batch outside a block are being gathered in unit
-	inBatch    bool // extended-protocol messages came since the last Sync
-	sent       bool // some of them went to the server
-	readOnly   bool // the unit is to be read only
-	executes   int  // Execute messages in the gathered batch
-	wrapBatch  bool // the gathered batch writes
-	discarding bool // ignore everything until Sync, as the server does after an error
+	opaque     atomic.Bool // the client has sent an opaque statement
+	holding    bool        // the messages of an extended-protocol batch outside a block are being gathered in unit
+	inBatch    bool        // extended-protocol messages came since the last Sync
+	sent       bool        // some of them went to the server
+	readOnly   bool        // the unit is to be read only
+	executes   int         // Execute messages in the gathered batch
+	wrapBatch  bool        // the gathered batch writes
+	discarding bool        // ignore everything until Sync, as the server does after an error
 	settleNext bool
 	held       heldCommit
 	after      afterEffect

@@ -76,6 +76,8 @@ type Statement struct {
 	AsksReadOnly bool
 	// AsksGID and AsksStatus: mentions current_gid, transaction_status.
 	AsksGID, AsksStatus bool
+	// Opaque: runs code that its text does not show: a function that is not a built-in known to change nothing, DO, CALL, EXECUTE.
+	Opaque bool
 	// Views of schema quorate that are mentioned with the schema's name.
 	Views Views
 	// Wish of SetReadOnly.
@@ -264,6 +266,7 @@ func (p *parser) statement() (st Statement, more bool) {
 	st.Fingerprint = hash
 	if p.n > 0 {
 		p.classify(&st)
+		st.Opaque = callWrites || p.is(0, "do") || p.is(0, "call") || p.is(0, "execute")
 		if st.Kind == Maybe && (callWrites || modifies && !p.is(0, "explain")) {
 			st.Kind = Write
 		}

@@ -287,25 +287,29 @@ AS $$
     WHERE c.oid = made
 $$;
 
--- missing_values lists the columns whose value in the rows that were there before them is kept with the column's definition
--- (ALTER TABLE … ADD COLUMN … DEFAULT does that), and whether each node that runs the statement would find another value:
--- the time, the user. id tells them apart.
-CREATE OR REPLACE FUNCTION quorate.missing_values(OUT id text, OUT of_table oid, OUT name name, OUT value text, OUT differs boolean) RETURNS SETOF record
+-- computed lists the columns that the ALTER TABLE in progress has added and that are computed: by a default, or as an identity. differs
+-- says whether each node that runs the statement would find another value, for the time or the user say; NULL where a constant
+-- may have been written 'now'. missing is the value that the rows have which were there before, if it is kept with the column's
+-- definition instead of in each row.
+CREATE OR REPLACE FUNCTION quorate.computed(OUT of_table oid, OUT name name, OUT missing text, OUT differs boolean) RETURNS SETOF record
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT a.attrelid || '.' || a.attnum, a.attrelid, a.attname, (a.attmissingval::text::text[])[1],
-           d.adbin IS NULL OR d.adbin::text ~ 'SQLVALUEFUNCTION|COERCEVIAIO'
+    SELECT a.attrelid, a.attname, (a.attmissingval::text::text[])[1],
+           a.attidentity <> '' OR d.adbin IS NULL OR d.adbin::text ~ 'SQLVALUEFUNCTION|COERCEVIAIO'
            OR EXISTS (SELECT FROM regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id) JOIN pg_proc p ON p.oid = f.id[1]::oid
                        WHERE p.provolatile <> 'i')
-           OR CASE t.typcategory WHEN 'D' THEN NULL ELSE false END -- a constant may have been written 'now'
-    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relpersistence <> 't' JOIN pg_type t ON t.oid = a.atttypid
+           OR CASE t.typcategory WHEN 'D' THEN NULL ELSE false END
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relpersistence = 'p' AND c.relkind IN ('r', 'p') JOIN pg_type t ON t.oid = a.atttypid
     LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    WHERE a.atthasmissing AND a.attnum > 0
+    WHERE NOT a.attisdropped AND (a.atthasmissing OR a.atthasdef OR a.attidentity <> '')
+      -- The row is of this transaction: others' columns may come meanwhile.
+      AND age(a.xmin) <= age((pg_current_xact_id_if_assigned()::text::bigint & 4294967295)::text::xid)
+      AND a.attnum > coalesce(substring(current_setting('quorate.columns', true) FROM ',' || a.attrelid || '\.(\d+),')::integer, 0)
 $$;
 
--- What the script of an extension does is replayed by the statement that ran the script. For ALTER TABLE, the columns are noted
--- that have a missing value already: on_ddl_end sees to the others.
+-- What the script of an extension does is replayed by the statement that ran the script. For ALTER TABLE it is noted how many
+-- columns each table has: what comes behind them the statement has added.
 CREATE OR REPLACE FUNCTION quorate.on_ddl_start() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -314,7 +318,8 @@ BEGIN
     IF tg_tag LIKE '%EXTENSION' THEN
         PERFORM set_config('quorate.extension_script', quorate.extension_script(), true);
     ELSIF tg_tag = 'ALTER TABLE' THEN
-        PERFORM set_config('quorate.missing', coalesce((SELECT string_agg(m.id, ',') FROM quorate.missing_values() m), ''), true);
+        PERFORM set_config('quorate.columns', coalesce((SELECT ',' || string_agg(oid || '.' || relnatts, ',,') || ',' FROM pg_class
+            WHERE relkind IN ('r', 'p') AND relpersistence = 'p' AND oid >= 16384), ''), true);
     END IF;
 END $$;
 
@@ -374,7 +379,8 @@ BEGIN
         RETURN;
     END IF;
     sql := quorate.ddl_text(context);
-    IF tg_tag = 'CREATE TABLE' AND sql ~* '\mlike\M' AND EXISTS (SELECT FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND strpos(lower(sql), lower(relname)) > 0) THEN
+    IF tg_tag = 'CREATE TABLE' AND EXISTS (SELECT FROM regexp_matches(sql, '\mlike\s+((?:pg_temp\s*\.\s*)?(?:"[^"]+"|[[:alpha:]_][\w$]*))', 'gi') AS m(name)
+           JOIN pg_class c ON c.oid = to_regclass(m.name[1]) WHERE c.relnamespace = pg_my_temp_schema()) THEN
         RAISE EXCEPTION USING ERRCODE = '0A000',
             MESSAGE = 'a table cannot be made LIKE a temporary one',
             DETAIL = 'Other nodes do not have that.';
@@ -385,10 +391,11 @@ BEGIN
         RETURN;
     END IF;
     FOR added IN
-        SELECT m.name, m.value, m.of_table, m.differs, c.relreplident = 'f' OR c.relreplident <> 'n' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid
+        SELECT m.*, c.relreplident = 'f' OR c.relreplident <> 'n' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                    AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END) AS identified
-        FROM quorate.missing_values() m JOIN pg_class c ON c.oid = m.of_table
-        WHERE coalesce(m.differs, sql ~* '\m(now|today|tomorrow|yesterday)\M') AND m.id <> ALL (string_to_array(current_setting('quorate.missing'), ',')) AND pg_relation_size(m.of_table) > 0
+        FROM quorate.computed() m JOIN pg_class c ON c.oid = m.of_table
+        WHERE m.missing IS NOT NULL AND pg_relation_size(m.of_table) > 0
+          AND coalesce(m.differs, sql ~* '''[^'']*\m(now|today|tomorrow|yesterday)\M[^'']*''')
     LOOP
         IF added.differs IS NULL THEN
             RAISE EXCEPTION USING ERRCODE = '0A000',
@@ -401,7 +408,7 @@ BEGIN
                 DETAIL = format('Table %s has no primary key by which other nodes could set them right.', added.of_table::regclass),
                 HINT = 'Give the table a primary key, or set its REPLICA IDENTITY to FULL, before.';
         END IF;
-        PERFORM quorate.emit_ddl(format('UPDATE ONLY %s SET %I = %L', added.of_table::regclass, added.name, added.value), tg_tag, 'pg_catalog', tables, NULL, 0);
+        PERFORM quorate.emit_ddl(format('UPDATE ONLY %s SET %I = %L', added.of_table::regclass, added.name, added.missing), tg_tag, 'pg_catalog', tables, NULL, 0);
     END LOOP;
 END $$;
 
@@ -445,40 +452,34 @@ BEGIN
     PERFORM quorate.emit_ddl(quorate.ddl_text(context), tg_tag, ddl ->> 'path', tables, (ddl ->> 'role')::name, 0);
 END $$;
 
--- What is computed for each row, and differs each time, would give every node other rows.
+-- What is computed for each row that is rewritten, and differs each time or on each node, would give every node other rows.
 CREATE OR REPLACE FUNCTION quorate.on_rewrite() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    id   oid := pg_event_trigger_table_rewrite_oid();
-    why  integer := pg_event_trigger_table_rewrite_reason();
-    col  text;
-    ours integer := age((pg_current_xact_id()::text::bigint & 4294967295)::text::xid); -- what this transaction wrote is no older
+    id      oid := pg_event_trigger_table_rewrite_oid();
+    context text;
+    sql     text;
+    col     text;
 BEGIN
-    IF (SELECT relpersistence = 't' FROM pg_class WHERE oid = id) OR quorate.in_extension_script() OR pg_relation_size(id) = 0 THEN
+    IF (SELECT relpersistence <> 'p' FROM pg_class WHERE oid = id) OR quorate.in_extension_script() OR pg_relation_size(id) = 0 THEN
         RETURN;
     END IF;
-    IF why & 2 <> 0 THEN -- a column was added whose default is computed for each row
-        SELECT a.attname INTO col
-          FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-         WHERE a.attrelid = id AND a.attnum > 0 AND NOT a.attisdropped AND (
-               a.attidentity <> '' AND age(a.xmin) <= ours
-            OR age(d.xmin) <= ours AND EXISTS (SELECT FROM regexp_matches(d.adbin::text, ':(?:funcid|opfuncid) (\d+)', 'g') AS f(id) JOIN pg_proc p ON p.oid = f.id[1]::oid
-                   WHERE p.provolatile = 'v'))
-         LIMIT 1;
-        IF FOUND THEN
-            RAISE EXCEPTION USING ERRCODE = '0A000',
-                MESSAGE = format('column %I would get other values in the existing rows on each node: they are computed for each row', col),
-                HINT = 'Add the column without that, UPDATE the rows, then set the default or ADD GENERATED … AS IDENTITY.';
-        END IF;
+    SELECT c.name INTO col FROM quorate.computed() c WHERE c.of_table = id AND c.differs LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = format('column %I would get other values in the existing rows on each node: they are computed for each row', col),
+            HINT = 'Add the column in a statement of its own and without that, UPDATE the rows, then set the default or ADD GENERATED … AS IDENTITY.';
     END IF;
-    IF why & 4 <> 0 THEN -- a column's type was changed; the expression of USING is kept nowhere but in the text
+    IF pg_event_trigger_table_rewrite_reason() & 4 <> 0 THEN -- a column's type was changed; the expression of USING is kept nowhere but in the text
+        GET DIAGNOSTICS context = PG_CONTEXT;
+        sql := lower(regexp_replace(quorate.ddl_text(context), '''(?:[^'']|'''')*''|--[^\n]*', '', 'g'));
         SELECT f.name[1] INTO col
-          FROM regexp_matches(lower(regexp_replace(current_query(), '''(?:[^'']|'''')*''|--[^\n]*', '', 'g')), '([a-z_][a-z_0-9$]*)"?\s*\(', 'g') AS f(name)
+          FROM regexp_matches(sql, '([a-z_][a-z_0-9$]*)"?\s*\(', 'g') AS f(name)
          WHERE EXISTS (SELECT FROM pg_proc p WHERE p.proname = f.name[1] AND (p.provolatile = 'v' OR p.proname IN ('now', 'transaction_timestamp', 'statement_timestamp')))
          LIMIT 1;
-        col := coalesce(col, substring(lower(current_query()) FROM '\musing\M.*\m(current_timestamp|current_date|current_time|localtimestamp|localtime|current_user|session_user)\M'));
+        col := coalesce(col, substring(sql FROM '\musing\M.*\m(current_timestamp|current_date|current_time|localtimestamp|localtime|current_user|session_user)\M'));
         IF col IS NOT NULL THEN
             RAISE EXCEPTION USING ERRCODE = '0A000',
                 MESSAGE = format('a column cannot be given another type by way of %s, which would give the rows other values on each node', col),

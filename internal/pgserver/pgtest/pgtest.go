@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -151,16 +153,31 @@ func Dir(t testing.TB, tmpfs bool) string {
 	return dir
 }
 
-// FreePort returns a TCP port of 127.0.0.1 that nobody listened on a moment ago.
+// FreePort returns a TCP port of 127.0.0.1 that nobody listened on a moment ago. It is none of those that the kernel gives to
+// who does not ask for one: an outgoing connection, of a test beside this one, could have it the next moment. Nor is it one of
+// those that clusters take, which are lower.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatalf("find a free port: %v", err)
+	const first, count, attempts = 30000, 2768, 100
+	var err error
+	for range attempts {
+		port := first + int(lastPort.Add(1)%count)
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			defer l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatalf("find a free port: %v", err)
+	return 0
 }
+
+// lastPort goes through all ports from any of them on, so that two calls of one process do not return the same.
+var lastPort = func() *atomic.Uint32 {
+	var n atomic.Uint32
+	n.Store(rand.Uint32N(1 << 20))
+	return &n
+}()
 
 // copyTemplate gives a test a data directory. initdb takes a second of CPU, a copy a tenth of it; the template is made
 // once per machine, beside the fetched programs.
