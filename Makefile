@@ -38,7 +38,7 @@ bench-clone:
 # shrink to three: in peace, and with nodes killed at random moments, the same ones for the same SEED.
 STRESS ?= 60s
 stress:
-	QUORATE_STRESS=$(STRESS) QUORATE_SEED=$(SEED) $(GO) test -count=1 -p 1 -timeout 2h -v -run 'TestStress|TestRecoveryAttached|TestGrow|TestSetBack' ./test/cluster ./test/control ./test/dashboard
+	QUORATE_STRESS=$(STRESS) QUORATE_SEED=$(SEED) $(GO) test -count=1 -p 1 -timeout 2h -v -run 'TestStress|TestRecoveryFullDisks|TestRecoveryAttached|TestGrow|TestSetBack|TestAwayForTooLong' ./test/cluster ./test/control ./test/dashboard
 
 # A cluster under load, broken in every way that test/faults knows, for as long as DURATION. The same SEED breaks the same
 # things at the same times; without one it is drawn. Root has faults of the network too.

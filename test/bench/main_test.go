@@ -10,12 +10,12 @@ import (
 func TestRun(t *testing.T) {
 	var out bytes.Buffer
 	err := run(t.Context(), []string{
-		"-short", "-duration", "1s", "-only", "simple-update,control-room", "-clients", "3",
+		"-short", "-duration", "1s", "-only", "simple-update", "-clients", "3",
 	}, &out, t.Output())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"### Writes, on tmpfs", "| simple-update | 3 |", "| three nodes, node 3 |", "### The control room, on tmpfs", "| watched |"} {
+	for _, want := range []string{"### Writes, on tmpfs", "| simple-update | 3 |", "| three nodes, node 3 |"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing from\n%s", want, out.String())
 		}

@@ -9,7 +9,7 @@ import (
 	"github.com/quorate/quorate/test/faults"
 )
 
-// TestSeeds runs a little chaos. A seed that fails here fails with "make chaos" too, which see.
+// TestSeeds runs a little chaos. In so short a time few seeds have every kind among them; these have. A seed that fails here fails with "make chaos" too, which see.
 func TestSeeds(t *testing.T) {
 	dir, err := cluster.TempDir("")
 	must(t, err)
@@ -18,7 +18,7 @@ func TestSeeds(t *testing.T) {
 	must(t, err)
 	had := map[faults.Kind]int{}
 	var possible []faults.Kind
-	for _, seed := range []uint64{1, 2, 3} {
+	for _, seed := range []uint64{26, 50, 62} {
 		summary, err := Run(t.Context(), Options{Binary: binary, Seed: seed, Duration: 12 * time.Second, Log: t.Output()})
 		t.Log(summary)
 		must(t, err)

@@ -15,6 +15,7 @@ import (
 // itself, with a copy of another's data. All the while large transactions are being ordered, most often two at once: neither do
 // they keep the logs, nor are they torn where a log, or the copy, begins.
 func TestAwayForTooLong(t *testing.T) {
+	forStress(t)
 	t.Parallel()
 	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
 	configure(t, ctx, c, "limits: {log: 1MiB}")

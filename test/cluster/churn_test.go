@@ -27,9 +27,7 @@ const seedVariable = "QUORATE_SEED"
 // needed, and nothing that was acknowledged is lost. It takes minutes, so it runs with stressVariable only; what happens to
 // joiner and donor is in TestJoinInterrupted too.
 func TestGrowAmongKills(t *testing.T) {
-	if os.Getenv(stressVariable) == "" {
-		t.Skipf("%s is not set, and this takes minutes", stressVariable)
-	}
+	forStress(t)
 	seed := rand.Uint64()
 	if text := os.Getenv(seedVariable); text != "" {
 		var err error

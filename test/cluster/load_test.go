@@ -67,6 +67,14 @@ func TestPgbench(t *testing.T) {
 	checkPgbench(t, ctx, c, acknowledged.Load())
 }
 
+// forStress skips a test that takes too long for every run, unless "make stress" runs it.
+func forStress(t *testing.T) {
+	t.Helper()
+	if os.Getenv(stressVariable) == "" {
+		t.Skipf("%s is not set: this is for make stress", stressVariable)
+	}
+}
+
 // stressVariable is how long TestStress works, as a Go duration.
 const stressVariable = "QUORATE_STRESS"
 

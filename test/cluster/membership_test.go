@@ -483,6 +483,7 @@ func TestForceNewCluster(t *testing.T) {
 // TestSetBack: a node whose PostgreSQL comes from a backup, alone or with all else, does not go on as if nothing had been. It says what
 // is wrong, and gets its data anew when it is told to.
 func TestSetBack(t *testing.T) {
+	forStress(t)
 	t.Parallel()
 	c, ctx := grown(t, 2)
 	check(t, c.Join(2, 1))
@@ -499,7 +500,7 @@ func TestSetBack(t *testing.T) {
 		writeAt(t, ctx, c, 2, 1)
 	})
 	// A copy of a server that runs, put back before the next start.
-	backupOfRunning := func() {
+	setBack(t, ctx, c, 11, true, func() {
 		pid, err := c.PostmasterPID(2)
 		check(t, err)
 		processes, err := cluster.Tree(pid)
@@ -523,10 +524,7 @@ func TestSetBack(t *testing.T) {
 			}
 			return nil
 		})
-	}
-	if os.Getenv(stressVariable) != "" { // it takes as long as the others together
-		setBack(t, ctx, c, 11, true, backupOfRunning)
-	}
+	})
 	// All of it, with the log: the node does not vote any more, so it must not be one of two who have to.
 	_, err = c.Change(ctx, "demote", 2, 1)
 	check(t, err)

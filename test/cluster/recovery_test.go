@@ -40,18 +40,24 @@ func TestRecovery(t *testing.T) {
 		{"ConnectionsExhausted", connectionsExhausted},
 		{"PostgresDiskFull", postgresDiskFull},
 		{"SpillDiskFull", spillDiskFull},
+		{"Diverged", diverged},
+	})
+}
+
+// TestRecoveryFullDisks is the same for disks on which a node can do nothing more.
+func TestRecoveryFullDisks(t *testing.T) {
+	forStress(t)
+	t.Parallel()
+	recoverFrom(t, cluster.Options{Binary: command(t, withRace)}, []fault{
 		{"RaftLogDiskFull", raftLogDiskFull},
 		{"WALDiskFull", walDiskFull},
-		{"Diverged", diverged},
 	})
 }
 
 // TestRecoveryAttached is the same for nodes that are attached to servers which somebody else starts again, with the faults for
 // which it matters who that is. It is for make stress.
 func TestRecoveryAttached(t *testing.T) {
-	if os.Getenv(stressVariable) == "" {
-		t.Skipf("%s is not set, and this takes minutes", stressVariable)
-	}
+	forStress(t)
 	t.Parallel()
 	recoverFrom(t, cluster.Options{Binary: command(t, withRace), Supervised: true}, []fault{
 		{"PostgresKilled", postgresKilled},
