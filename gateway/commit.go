@@ -217,7 +217,7 @@ func (s *session) sendRollback() error {
 // quorum there is nothing to register: the ready statement says whether that matters.
 func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 	if s.g.access() != ReadWrite {
-		return s.sendReadyStatement("", "")
+		return s.sendReadyStatement(op)
 	}
 	c, err := s.g.cfg.Coordinator.Begin(s.ctx, op.gid, base, s.pid)
 	if err != nil {
@@ -234,13 +234,10 @@ func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 		return s.sendRollback()
 	}
 	op.commit, op.base = c, base
-	var number [42]byte
-	marker := strconv.AppendUint(number[:0], uint64(base), 10)
-	marker = strconv.AppendUint(append(marker, ' '), uint64(c.Seen()), 10)
-	return s.sendReadyStatement(c.Seal().String(), string(marker))
+	return s.sendReadyStatement(op)
 }
 
-func (s *session) sendReadyStatement(seal, marker string) error {
+func (s *session) sendReadyStatement(op *commitOp) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
 	s.ensurePrepared()
@@ -249,7 +246,7 @@ func (s *session) sendReadyStatement(seal, marker string) error {
 		s.toServer.buf = append(s.toServer.buf, prepareReady...)
 	}
 	b := appendRun(s.toServer.buf, stConstraints)
-	b = s.appendReady(b, seal, marker)
+	b = s.appendReady(b, op)
 	s.toServer.buf = appendSync(b)
 	return s.flushServerLocked()
 }
@@ -263,12 +260,20 @@ func (s *session) noteOpaque() {
 	}
 }
 
-func (s *session) appendReady(b []byte, seal, marker string) []byte {
+// appendReady appends the execution of the ready statement; without seal and marker if nothing was registered.
+func (s *session) appendReady(b []byte, op *commitOp) []byte {
+	var seal, snapshot string
+	if op.commit != nil {
+		var number [42]byte
+		at := strconv.AppendUint(number[:0], uint64(op.base), 10)
+		at = strconv.AppendUint(append(at, ' '), uint64(op.commit.Seen()), 10)
+		seal, snapshot = op.commit.Seal().String(), string(at)
+	}
 	opaque := "f"
 	if s.opaque.Load() {
 		opaque = "t"
 	}
-	return appendRun(b, stReady, seal, marker, opaque)
+	return appendRun(b, stReady, seal, snapshot, opaque)
 }
 
 // conductCommit leads a commit to its end. m is the first message of the server's answer to what startCommit,
@@ -614,11 +619,8 @@ func (s *session) nudge(op *commitOp) (failure []byte, err error) {
 	} {
 		b = appendHidden(b, sql)
 	}
-	var number [42]byte
-	marker := strconv.AppendUint(number[:0], uint64(op.base), 10)
-	marker = strconv.AppendUint(append(marker, ' '), uint64(op.commit.Seen()), 10)
 	b = appendClose(b, 'P', stReady)
-	b = s.appendReady(b, op.commit.Seal().String(), string(marker))
+	b = s.appendReady(b, op)
 	if err := s.write(appendSync(b)); err != nil {
 		return nil, err
 	}

@@ -82,12 +82,12 @@ type Seal struct {
 	Nonce uint64
 }
 
-// String returns the GID, a blank and the nonce in hexadecimal.
-func (s Seal) String() string { return s.GID.String() + " " + strconv.FormatUint(s.Nonce, 16) }
+// String returns the GID, a dot and the nonce in hexadecimal.
+func (s Seal) String() string { return s.GID.String() + "." + strconv.FormatUint(s.Nonce, 16) }
 
 // ParseSeal reads what Seal.String wrote. The error wraps ErrBadGID.
 func ParseSeal(text string) (Seal, error) {
-	gidText, nonceText, _ := strings.Cut(text, " ")
+	gidText, nonceText, _ := strings.Cut(text, ".")
 	gid, err := ParseGID(gidText)
 	if err != nil {
 		return Seal{}, err

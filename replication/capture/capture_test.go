@@ -173,7 +173,7 @@ func TestForeignMarkers(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, 18, Limits{})
 	c := n.client()
-	for _, content := range []string{"", "x", "1-a-1", "1-a-1 5 6", "1-a-1 0 5 6 7", "1-a-1 0 5 6 7 8", "1-a-1 0 x 6 7", "1-a-1 x 5 6 7", "1-abc-999 feed 1 0 0"} {
+	for _, content := range []string{"", "x", "1-a-1", "1-a-1 5 6", "1-a-1.0 5 6 7", "1-a-1.0 5 6 7 8", "1-a-1.0 x 6 7", "1-a-1.x 5 6 7", "1-abc-999.feed 1 0 0"} {
 		c.exec("SELECT pg_logical_emit_message(false, 'quorate.marker', '" + content + "', true)")
 	}
 	c.run("CREATE TABLE t (id int PRIMARY KEY)")

@@ -525,15 +525,14 @@ func (s *stream) marker(ctx context.Context, content string, sent time.Time) {
 }
 
 func parseMarker(content string) (m Marker, ok bool) {
-	fields := strings.Split(content, " ")
-	if len(fields) != 5 {
-		return Marker{}, false
-	}
-	seal, err := txn.ParseSeal(fields[0] + " " + fields[1])
-	xid, err1 := strconv.ParseUint(fields[2], 10, 64)
-	base, err2 := strconv.ParseUint(fields[3], 10, 64)
-	seen, err3 := strconv.ParseUint(fields[4], 10, 64)
-	if err != nil || err1 != nil || err2 != nil || err3 != nil {
+	sealText, rest, ok1 := strings.Cut(content, " ")
+	xidText, rest, ok2 := strings.Cut(rest, " ")
+	baseText, seenText, ok3 := strings.Cut(rest, " ")
+	seal, err := txn.ParseSeal(sealText)
+	xid, err1 := strconv.ParseUint(xidText, 10, 64)
+	base, err2 := strconv.ParseUint(baseText, 10, 64)
+	seen, err3 := strconv.ParseUint(seenText, 10, 64)
+	if !ok1 || !ok2 || !ok3 || err != nil || err1 != nil || err2 != nil || err3 != nil {
 		return Marker{}, false
 	}
 	return Marker{Seal: seal, XID: txn.XID(xid), Base: txn.CSN(base), Seen: txn.CSN(seen)}, true

@@ -148,9 +148,9 @@ func messageOf(xid uint32, transactional byte, prefix, content string) []byte {
 	return append(b, content...)
 }
 
-func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, pg.PrefixSeal, gid+" 0") }
+func seal(xid uint32, gid string) []byte { return messageOf(xid, 1, pg.PrefixSeal, gid+".0") }
 func marker(gid string, xid uint32) []byte {
-	return messageOf(0, 0, pg.PrefixMarker, fmt.Sprintf("%s 0 %d 0 0", gid, xid))
+	return messageOf(0, 0, pg.PrefixMarker, fmt.Sprintf("%s.0 %d 0 0", gid, xid))
 }
 
 func feed(t testing.TB, s *stream, messages ...[]byte) {

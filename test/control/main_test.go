@@ -226,20 +226,6 @@ func restart(t *testing.T, ctx context.Context, c *cluster.Cluster, nodes ...int
 	}
 }
 
-// freePorts returns addresses on which nobody listens now.
-func freePorts(t *testing.T, n int) (ports []int) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
-	}
-	return ports
-}
-
 // program finds one that Debian keeps where root's PATH has it, and nobody else's.
 func program(name string) string {
 	if _, err := exec.LookPath(name); err != nil {

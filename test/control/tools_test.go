@@ -18,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/test/cluster"
 )
 
@@ -130,7 +131,7 @@ func prometheus(t *testing.T, ctx context.Context, c *cluster.Cluster) func(expr
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	address := fmt.Sprintf("127.0.0.1:%d", freePorts(t, 1)[0])
+	address := fmt.Sprintf("127.0.0.1:%d", pgtest.FreePort(t))
 	background(t, "prometheus", "--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)
 	await(t, ctx, "Prometheus", func() error {
 		status, _, err := get(ctx, "GET", "http://"+address+"/-/ready")
@@ -234,7 +235,7 @@ func TestHAProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ports := freePorts(t, 2)
+	ports := [...]int{pgtest.FreePort(t), pgtest.FreePort(t)}
 	replace := []string{"bind :5432", fmt.Sprintf("bind 127.0.0.1:%d", ports[0]), "bind :5433", fmt.Sprintf("bind 127.0.0.1:%d", ports[1])}
 	for i := 1; i <= c.Nodes; i++ {
 		replace = append(replace, fmt.Sprintf("10.0.0.%d:6432 check port 8432", i),

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
 )
 
 // joiner is a witness that wants to join: a node that needs nothing but the token.
@@ -52,10 +53,7 @@ func (o *outsider) join(t *testing.T, ctx context.Context, name, token string) *
 	dir := t.TempDir()
 	var ports []any
 	for range 3 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		check(t, err)
-		defer l.Close() // when all have been found
-		ports = append(ports, l.Addr().String())
+		ports = append(ports, fmt.Sprintf("127.0.0.1:%d", pgtest.FreePort(t)))
 	}
 	config := filepath.Join(dir, "quorate.yaml")
 	in := o.c.CertDir()
