@@ -206,31 +206,8 @@ func (c *Capture) Run(ctx context.Context) error {
 // that a burst of small ones is what there usually is to read.
 const readBuffer = 256 << 10
 
-// Bulk is when bulkMessages have come since the last marker. Then nobody is served by reading a message the moment it
-// comes, and a reader that is woken by each of three messages for every row costs server and sidecar more than the rows
-// do: so reads are bulkPause apart, which still is a fraction of what fits the socket's buffer.
-const (
-	bulkMessages = 1024
-	bulkPause    = 2 * time.Millisecond
-)
-
-// bulkReader pauses between reads while there is bulk.
-type bulkReader struct {
-	io.Reader
-	stream *stream // nil before it begins
-	due    time.Time
-}
-
-func (r *bulkReader) Read(b []byte) (int, error) {
-	if r.stream != nil && r.stream.unmarked > bulkMessages {
-		time.Sleep(time.Until(r.due))
-		defer func() { r.due = time.Now().Add(bulkPause) }()
-	}
-	return r.Reader.Read(b)
-}
-
 // connConfig is Conn as a walsender. Values travel as text: the settings give each one form on every node.
-func (c *Capture) connConfig(reader *bulkReader) *pgconn.Config {
+func (c *Capture) connConfig() *pgconn.Config {
 	cfg := c.cfg.Conn.Copy()
 	if cfg.RuntimeParams == nil {
 		cfg.RuntimeParams = make(map[string]string)
@@ -257,8 +234,7 @@ func (c *Capture) connConfig(reader *bulkReader) *pgconn.Config {
 		cfg.RuntimeParams[name] = value
 	}
 	cfg.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		reader.Reader = r
-		return pgproto3.NewFrontend(bufio.NewReaderSize(reader, readBuffer), w)
+		return pgproto3.NewFrontend(bufio.NewReaderSize(r, readBuffer), w)
 	}
 	return cfg
 }
@@ -268,8 +244,7 @@ const closeTimeout = 2 * time.Second
 
 // follow receives over one connection until that or ctx ends, and returns how far it got.
 func (c *Capture) follow(ctx context.Context) (received pglogrepl.LSN, err error) {
-	reader := new(bulkReader)
-	conn, err := pgconn.ConnectConfig(ctx, c.connConfig(reader))
+	conn, err := pgconn.ConnectConfig(ctx, c.connConfig())
 	if err != nil {
 		return 0, err
 	}
@@ -291,7 +266,6 @@ func (c *Capture) follow(ctx context.Context) (received pglogrepl.LSN, err error
 	f := &follower{conn: conn, interval: c.cfg.Limits.StatusInterval}
 	f.stream = newStream(c.cfg, c.metrics, f.alive)
 	defer f.stream.close()
-	reader.stream = f.stream
 	c.setStreaming(true)
 	err = f.run(ctx)
 	return f.received, err

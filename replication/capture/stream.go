@@ -50,7 +50,6 @@ type stream struct {
 	interned  map[uint32]*relation    // the latest of each relation, so that a repeated one is not parsed again
 	types     []byte                  // framed Type messages that belong to the next description
 	memory    int64                   // bytes of all journals outside files
-	unmarked  int                     // messages since the last marker
 	free      []*transaction
 	assembler *assembler
 }
@@ -104,7 +103,6 @@ func (s *stream) receive(ctx context.Context, body []byte, sent time.Time) error
 		return malformed(body)
 	}
 	c := cursor{rest: body[1:]}
-	s.unmarked++
 	switch kind := body[0]; kind {
 	case msgStreamStart:
 		xid := c.uint32()
@@ -441,7 +439,6 @@ func (s *stream) message(ctx context.Context, body []byte, sent time.Time) error
 	switch {
 	case !m.transactional:
 		if string(m.prefix) == pg.PrefixMarker {
-			s.unmarked = 0
 			s.marker(ctx, string(m.content), sent)
 		}
 	case s.current == nil:
