@@ -105,7 +105,11 @@ type Monitor struct {
 	awake    time.Duration // how long this process has been at work, at ticked
 	peers    map[txn.NodeID]*peer
 	reports  map[txn.NodeID]*known // of others
-	news     chan struct{}         // closed with the next report; nil: nobody waits
+	// promised is the highest term and commit index that each other node has ever told of: it gave its word for them. One that
+	// has lost its log tells of less, which takes nothing back. It stays when a node is no member any more: while this node
+	// reads the log anew it may not know all of them, and there are few ids.
+	promised map[txn.NodeID]*pb.Health
+	news     chan struct{} // closed with the next report; nil: nobody waits
 }
 
 // peer is what this node measures of another member.
@@ -137,7 +141,7 @@ func New(c Config) (*Monitor, error) {
 	}
 	m := &Monitor{
 		cfg: c, incarnation: binary.BigEndian.Uint64(incarnation[:]), began: time.Now(), ticked: time.Now(),
-		peers: make(map[txn.NodeID]*peer), reports: make(map[txn.NodeID]*known),
+		peers: make(map[txn.NodeID]*peer), reports: make(map[txn.NodeID]*known), promised: make(map[txn.NodeID]*pb.Health),
 	}
 	m.metrics = newMetrics(m)
 	if c.Registerer != nil {
@@ -371,10 +375,7 @@ func (m *Monitor) Recall(_ context.Context, req *pb.RecallRequest) (*pb.RecallRe
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if k := m.reports[txn.NodeID(req.GetNode())]; k != nil {
-		return &pb.RecallResponse{Health: k.Health}, nil
-	}
-	return &pb.RecallResponse{}, nil
+	return &pb.RecallResponse{Health: m.promised[txn.NodeID(req.GetNode())]}, nil
 }
 
 func malformed(r *pb.Report) bool {
@@ -435,9 +436,12 @@ func (m *Monitor) takeLocked(from txn.NodeID, r *pb.Report, now time.Time) (chan
 	return change
 }
 
-// learnLocked keeps a report if it is newer than the one at hand. Of one process the higher number is; of different
+// learnLocked keeps a report if it is newer than the one at hand, and what it promises in any case. Of one process the higher number is; of different
 // processes, the one that was made later. Called with mu held.
 func (m *Monitor) learnLocked(id txn.NodeID, r *pb.Report, now time.Time) {
+	if said, had := r.Health, m.promised[id]; said != nil && (had == nil || said.Term > had.Term || said.CommitIndex > had.CommitIndex) {
+		m.promised[id] = &pb.Health{Term: max(said.Term, had.GetTerm()), CommitIndex: max(said.CommitIndex, had.GetCommitIndex())}
+	}
 	made := now.Add(-time.Duration(r.AgeSeconds * float64(time.Second)))
 	if k := m.reports[id]; k != nil {
 		if same := k.Incarnation == r.Incarnation; same && r.Sequence <= k.Sequence || !same && !made.After(k.made) {

@@ -30,11 +30,12 @@ type cluster struct {
 	cut     map[[2]txn.NodeID]bool
 	delay   map[[2]txn.NodeID]func() time.Duration
 	starved map[txn.NodeID]func() // stands for the time that a process does not get
+	log     map[txn.NodeID]uint64 // what a node tells of its own: its term, and ten times that is committed
 }
 
 func newCluster(t *testing.T, members ...txn.NodeID) *cluster {
 	c := &cluster{t: t, members: members, at: map[txn.NodeID]*heartbeat.Monitor{}, stop: map[txn.NodeID]context.CancelFunc{},
-		changes: map[txn.NodeID][]heartbeat.Change{}, cut: map[[2]txn.NodeID]bool{}, delay: map[[2]txn.NodeID]func() time.Duration{}, starved: map[txn.NodeID]func(){}}
+		changes: map[txn.NodeID][]heartbeat.Change{}, cut: map[[2]txn.NodeID]bool{}, delay: map[[2]txn.NodeID]func() time.Duration{}, starved: map[txn.NodeID]func(){}, log: map[txn.NodeID]uint64{}}
 	for _, id := range members {
 		c.start(id)
 	}
@@ -57,12 +58,12 @@ func (c *cluster) start(id txn.NodeID) {
 		Conn: func(to txn.NodeID) (grpc.ClientConnInterface, error) { return &conn{c, id, to}, nil },
 		Health: func() *pb.Health {
 			c.mu.Lock()
-			wait := c.starved[id]
+			wait, term := c.starved[id], c.log[id]
 			c.mu.Unlock()
 			if wait != nil {
 				wait()
 			}
-			return &pb.Health{State: "active", Csn: uint64(id)}
+			return &pb.Health{State: "active", Csn: uint64(id), Term: term, CommitIndex: 10 * term}
 		},
 		Changed: func(change heartbeat.Change) {
 			c.mu.Lock()
@@ -333,13 +334,29 @@ func TestMembersComeAndGo(t *testing.T) {
 	})
 }
 
-// TestRecall: a member that starts is told what it last said of itself, however long ago, and only by its own cluster.
+// TestRecall: a member that starts is told how far its log was, however long ago, and only by its own cluster. What it says after
+// it has lost its log takes nothing back, nor does an hour in which it counts as no member.
 func TestRecall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 1, 2)
-		time.Sleep(time.Second)
-		c.kill(2)
-		time.Sleep(time.Hour)
+		for _, term := range []uint64{3, 0, 2} {
+			c.mu.Lock()
+			c.members, c.log[2] = []txn.NodeID{1, 2}, term
+			c.mu.Unlock()
+			if c.at[2] == nil {
+				c.start(2)
+			}
+			time.Sleep(time.Second)
+			c.kill(2)
+			c.mu.Lock()
+			c.members = []txn.NodeID{1}
+			c.mu.Unlock()
+			time.Sleep(time.Hour)
+			resp, err := c.at[1].Recall(t.Context(), &pb.RecallRequest{ClusterId: clusterID, Node: 2})
+			if err != nil || resp.Health.GetTerm() != 3 || resp.Health.GetCommitIndex() != 30 {
+				t.Errorf("node 2 told of term %d last, and of 3 at first: %v, %v", term, resp, err)
+			}
+		}
 		for node, known := range map[uint32]bool{2: true, 3: false} {
 			if resp, err := c.at[1].Recall(t.Context(), &pb.RecallRequest{ClusterId: clusterID, Node: node}); err != nil || (resp.Health != nil) != known {
 				t.Errorf("of node %d: %v, %v", node, resp, err)

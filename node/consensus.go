@@ -83,13 +83,15 @@ func (n *Node) accompanyAll(context.Context) error {
 	n.lived = make(chan struct{})
 	go func() {
 		defer close(n.lived)
-		switch {
+		switch i := n.current.Load(); {
+		case i != nil: // also if the node was fenced since it began: it has to be ended
+			n.live(n.fenced, i)
 		case n.fenced.Err() != nil:
 			n.liveWithout(context.Cause(n.fenced))
 		case n.cfg.Witness():
 			n.liveWithout(n.attend(n.fenced))
 		default:
-			n.live(n.fenced, n.current.Load())
+			n.live(n.fenced, nil)
 		}
 	}()
 	n.onClose(func(context.Context) error {

@@ -86,6 +86,15 @@ func (n *Node) checkAnnounced(m *replication.Machine) error {
 	return fmt.Errorf("the node was set back: by the log it has been started since, as incarnation %x, and nothing here knows of that: %w", last.Incarnation, errSetBack)
 }
 
+// speak notes that the log may know of this incarnation from now on. It is called when all that was in the log before is
+// delivered, and nothing of it, as ctx tells, contradicts what is here.
+func (n *Node) speak(ctx context.Context) error {
+	if ctx.Err() != nil || !n.identity.get().Server.Silent() {
+		return context.Cause(ctx)
+	}
+	return n.identity.change(func(id *config.Identity) { id.Server = id.Server.Speak() })
+}
+
 // earlier says how a transaction that an earlier incarnation of this node had proposed is to be applied. Its session is
 // gone. If it ran on this server as it is, it may have committed: apply asks for the status of its xid, as for any session
 // that was lost. Of an incarnation that is not known it was decided too late to commit here, or it ran on what this server

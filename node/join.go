@@ -137,7 +137,11 @@ func (n *Node) admitted(resp *pb.AddResponse) error {
 	if len(resp.ClusterId) != len(txn.UUID{}) || resp.Node == 0 || resp.Cluster != n.cfg.Cluster {
 		return fmt.Errorf("join cluster %s: the answer is no admission: node %d of cluster %q", n.cfg.Cluster, resp.Node, resp.Cluster)
 	}
-	return n.identity.change(func(id *config.Identity) {
+	become := n.identity.handOver
+	if n.identity.get().State == config.StateApplying {
+		become = n.identity.change // it has been nobody yet
+	}
+	return become(func(id *config.Identity) {
 		if id.State != config.StateApplying {
 			id.Request, id.Rejoin, id.Replaces = id.Rejoin, txn.UUID{}, id.Node
 		}
@@ -398,18 +402,19 @@ func (n *Node) comeBack(reason string) {
 // wasRemoved is called when the node learns that it is no member any more, as often as it does. A node that has asked to be admitted
 // anew may have been: then it was removed to make room for itself, and the answer is on its way, or lost.
 func (n *Node) wasRemoved(reason string) {
-	switch id := n.identity.get(); {
-	case id.Node != n.cfg.Node: // as which it was removed: it comes back as another one
-	case !id.Rejoin.IsZero():
-		n.comeBack(reason)
-	default:
+	if n.identity.get().Rejoin.IsZero() {
 		n.staysOut(reason)
+	} else {
+		n.comeBack(reason)
 	}
 }
 
 // staysOut fences the node for good. A joining node may have been removed as well.
 func (n *Node) staysOut(reason string) {
 	err := n.identity.change(func(id *config.Identity) { id.State, id.Reason = config.StateRemoved, reason })
+	if errors.Is(err, errHandedOver) {
+		return // it comes back as another one
+	}
 	if err != nil {
 		n.log.Error("that this node was removed is not on disk", logkey.Error, err)
 	}

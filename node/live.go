@@ -63,12 +63,13 @@ func (n *Node) live(ctx context.Context, i *incarnation) {
 func (n *Node) liveWithout(cause error) {
 	var lost logLost
 	if errors.As(cause, &lost) && n.consensus.Load() != nil {
-		// PostgreSQL, which was away when the node started, says so only now. It begins again, without the log.
-		if err := n.loseLog(lost); err == nil {
-			n.cancel(ErrReopen)
-		} else {
-			n.log.Error("that the log is lost is not on disk", logkey.Error, err)
+		// PostgreSQL, which was away when the node started, says so only now. It begins again, without the log. If that cannot be
+		// noted the process ends: as long as it runs it votes.
+		err := n.loseLog(lost)
+		if err == nil {
+			err = ErrReopen
 		}
+		n.cancel(err)
 	}
 	switch {
 	case errors.Is(cause, errClosed):

@@ -103,11 +103,12 @@ func (n *Node) loseLog(why logLost) error {
 
 // noteMembers keeps what a node without a log would have to know.
 func (n *Node) noteMembers() error {
-	if !n.membership().Founded() {
+	in := n.membership()
+	if !in.Founded() {
 		return nil
 	}
 	var now []config.Member
-	for _, m := range n.members() {
+	for _, m := range n.membersIn(in) {
 		listed := config.Member{ID: m.ID, Raft: m.Raft, GRPC: m.GRPC, HTTP: m.HTTP, Gateway: m.Gateway}
 		if m.Witness {
 			listed.Role = config.RoleWitness

@@ -62,6 +62,21 @@ func TestRecall(t *testing.T) {
 	}
 }
 
+// TestLossThatCannotBeNoted: a node that votes, and learns that its log is lost, does not go on when it cannot write that down.
+func TestLossThatCannotBeNoted(t *testing.T) {
+	for _, full := range []bool{false, true} {
+		n := withOther(t, &other{}, config.StateMember)
+		n.consensus.Store(new(consensus.Consensus))
+		if full {
+			n.identity.dir = filepath.Join(n.cfg.DataDir, "missing\x00")
+		}
+		n.liveWithout(logLost("it is away"))
+		if err := context.Cause(n.ctx); err == nil || full == errors.Is(err, ErrReopen) {
+			t.Errorf("noted %v: it ends with %v", !full, err)
+		}
+	}
+}
+
 // TestRecallWithoutLog: a founder whose data directory was emptied is told that it is not new.
 func TestRecallWithoutLog(t *testing.T) {
 	for term, lost := range map[uint64]bool{0: false, 1: true} {

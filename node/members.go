@@ -47,7 +47,10 @@ func (n *Node) servers() []consensus.Member {
 // members returns all members as of now, this node included, by id. Who they are the log says; before it has founded
 // the cluster, the list of those who found it; and without a log, what was noted last. How they are reached, they have announced; of those who never have, Raft
 // knows the addresses.
-func (n *Node) members() []admin.Member {
+func (n *Node) members() []admin.Member { return n.membersIn(n.membership()) }
+
+// membersIn is members by what the log says up to some place.
+func (n *Node) membersIn(in replication.Membership) []admin.Member {
 	known := make(map[txn.NodeID]admin.Member)
 	listed := n.cfg.Members
 	if noted := n.identity.get().Members; len(noted) > 0 {
@@ -61,7 +64,6 @@ func (n *Node) members() []admin.Member {
 		m.ID, m.Raft, m.GRPC = s.Node, s.RaftAddress, s.GRPCAddress
 		known[s.Node] = m
 	}
-	in := n.membership()
 	for _, m := range in.Members {
 		at, is := known[m.Node]
 		if m.GRPCAddress != "" {
@@ -159,6 +161,9 @@ func (n *Node) announce(ctx context.Context, m *replication.Machine, incarnation
 			return err
 		}
 		if err := n.checkAnnounced(m); err != nil {
+			return err
+		}
+		if err := n.speak(ctx); err != nil {
 			return err
 		}
 		if f := n.founding(m.Membership()); f != nil {

@@ -33,11 +33,14 @@ const maxVoters = 9
 const aliveTimeout = time.Second
 
 // Members implements admin.Membership.
-func (n *Node) Members() admin.Members {
-	in := n.membership()
+func (n *Node) Members() admin.Members { return n.list(n.membership()) }
+
+// list returns the members by the log. One who has to judge by what the log says now passes what a machine says that has been
+// waited for: a new incarnation knows nothing yet.
+func (n *Node) list(in replication.Membership) admin.Members {
 	list := admin.Members{ClusterID: in.Cluster, Highest: in.Highest}
 	servers := n.servers()
-	for _, m := range n.members() {
+	for _, m := range n.membersIn(in) {
 		logged, _ := in.Find(m.ID)
 		listed := admin.ListedMember{
 			Member: m, Role: logged.Role.String(), Slot: logged.Slot, Started: logged.Incarnation != 0,
@@ -149,7 +152,7 @@ func (n *Node) Add(ctx context.Context, a admin.Applicant) (none admin.Admission
 		return none, changed(err)
 	}
 	got := admin.Admission{ClusterID: in.Cluster, Node: id}
-	for _, x := range n.members() {
+	for _, x := range n.membersIn(in) {
 		if x.ID != id {
 			got.Peers = append(got.Peers, x.GRPC)
 		}
@@ -162,7 +165,7 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 	in := m.Membership()
 	if a.Replaces != 0 {
 		// First of all: a node that was removed takes this, and nothing else, for the last word.
-		if err := n.Members().Known(a.Replaces); err != nil {
+		if err := n.list(in).Known(a.Replaces); err != nil {
 			return 0, err
 		}
 	}
@@ -181,7 +184,7 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 	}
 	// Whoever replaces a member has shown by its certificate that it may be one.
 	if a.Token != "" || n.certificates != nil && a.Replaces == 0 {
-		use, err := n.joinToken(a.Token)
+		use, err := joinToken(m, a.Token)
 		if err != nil {
 			return 0, admin.Refuse(codes.PermissionDenied, "%v; \"quorate token create\" on a member makes another", err)
 		}
@@ -225,7 +228,7 @@ func (n *Node) checkApplicant(in replication.Membership, a admin.Applicant) erro
 			return admin.Refuse(codes.InvalidArgument, "advertise.%s: %q: must be host:port", address.name, address.value)
 		}
 	}
-	for _, m := range n.members() {
+	for _, m := range n.membersIn(in) {
 		if m.ID != a.Replaces && (m.Raft == a.Raft || m.GRPC == a.GRPC) {
 			return admin.Refuse(codes.AlreadyExists, "node %s has the address %s; remove it first, if it is gone", m.ID, a.Raft)
 		}
@@ -367,7 +370,7 @@ func (n *Node) Remove(ctx context.Context, id txn.NodeID, force bool, reason str
 	}
 	in := m.Membership()
 	if !in.Removed(id) {
-		if err := n.Members().Known(id); err != nil {
+		if err := n.list(in).Known(id); err != nil {
 			return err
 		}
 		holdsData := func(m replication.Member) bool { return m.Node != id && m.Role == codec.RoleData && m.Incarnation != 0 }
@@ -402,7 +405,7 @@ func (n *Node) Promote(ctx context.Context, id txn.NodeID) error {
 	if err != nil {
 		return err
 	}
-	if err := n.Members().Known(id); err != nil {
+	if err := n.list(m.Membership()).Known(id); err != nil {
 		return err
 	}
 	voters := 0
@@ -428,11 +431,11 @@ func (n *Node) Promote(ctx context.Context, id txn.NodeID) error {
 
 // Demote implements admin.Membership.
 func (n *Node) Demote(ctx context.Context, id txn.NodeID, force bool) error {
-	c, _, err := n.lead(ctx)
+	c, m, err := n.lead(ctx)
 	if err != nil {
 		return err
 	}
-	if err := n.Members().Known(id); err != nil {
+	if err := n.list(m.Membership()).Known(id); err != nil {
 		return err
 	}
 	if !force {
@@ -448,7 +451,7 @@ func (n *Node) Demote(ctx context.Context, id txn.NodeID, force bool) error {
 
 // TransferLeadership implements admin.Membership.
 func (n *Node) TransferLeadership(ctx context.Context, to txn.NodeID) error {
-	c, _, err := n.lead(ctx)
+	c, m, err := n.lead(ctx)
 	if err != nil {
 		return err
 	}
@@ -456,7 +459,7 @@ func (n *Node) TransferLeadership(ctx context.Context, to txn.NodeID) error {
 		return nil
 	}
 	if to != 0 {
-		if err := n.Members().Known(to); err != nil {
+		if err := n.list(m.Membership()).Known(to); err != nil {
 			return err
 		}
 		if !slices.ContainsFunc(n.servers(), func(s consensus.Member) bool { return s.Node == to && s.Voter }) {

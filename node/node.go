@@ -86,19 +86,7 @@ type Node struct {
 // Open starts a node of this version of Quorate, as what its data directory says that it is (config.ClaimDataDir), and returns when its clients can connect; it accepts writes once it has
 // caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again.
 func Open(ctx context.Context, cfg config.Config, id config.Identity, version string, log *slog.Logger) (_ *Node, err error) {
-	n := &Node{
-		cfg: cfg, version: version, identity: identity{dir: cfg.DataDir, now: id}, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(),
-		strays:     prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_strays_total", Help: "Commits that bypassed the gateway."}),
-		recoveries: prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_recoveries_total", Help: "Times that PostgreSQL was lost and taken up again."}),
-	}
-	n.states.changed = n.stateChanged
-	n.states.set(stateStarting, "the node is starting")
-	n.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		n.strays, n.recoveries, &n.states)
-	var lifetime context.Context
-	lifetime, n.cancel = context.WithCancelCause(context.Background())
-	n.group, n.ctx = errgroup.WithContext(lifetime)
-	n.fenced, n.fence = context.WithCancelCause(n.ctx)
+	n := newNode(cfg, id, version, log)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close(context.WithoutCancel(ctx)))
@@ -118,6 +106,24 @@ func Open(ctx context.Context, cfg config.Config, id config.Identity, version st
 		}
 	}
 	return n, nil
+}
+
+// newNode returns a node of which nothing is open.
+func newNode(cfg config.Config, id config.Identity, version string, log *slog.Logger) *Node {
+	n := &Node{
+		cfg: cfg, version: version, identity: identity{dir: cfg.DataDir, now: id}, log: log.With(logkey.Node, cfg.Node), metrics: prometheus.NewRegistry(),
+		strays:     prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_strays_total", Help: "Commits that bypassed the gateway."}),
+		recoveries: prometheus.NewCounter(prometheus.CounterOpts{Name: "quorate_node_recoveries_total", Help: "Times that PostgreSQL was lost and taken up again."}),
+	}
+	n.states.changed = n.stateChanged
+	n.states.set(stateStarting, "the node is starting")
+	n.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		n.strays, n.recoveries, &n.states)
+	var lifetime context.Context
+	lifetime, n.cancel = context.WithCancelCause(context.Background())
+	n.group, n.ctx = errgroup.WithContext(lifetime)
+	n.fenced, n.fence = context.WithCancelCause(n.ctx)
+	return n
 }
 
 // ID is the node's own, which a node that has just joined learns in Open.

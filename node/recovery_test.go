@@ -256,6 +256,30 @@ func TestForceNewClusterTwice(t *testing.T) {
 	}
 }
 
+// TestFencedWhileItOpens: a node that is fenced when its first incarnation has begun, and nobody looks after that yet, ends it all the
+// same.
+func TestFencedWhileItOpens(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg := loneNode(t)
+	n := newNode(cfg, claim(t, cfg), "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+	for _, step := range n.steps() {
+		if err := step.run(ctx); err != nil {
+			t.Fatalf("%s: %v", step.name, errors.Join(err, n.Close(ctx)))
+		}
+		if step.name == "consensus" {
+			n.fence(errRole)
+		}
+	}
+	awaitFailed(t, ctx, n)
+	if n.current.Load().ctx.Err() == nil {
+		t.Error("its incarnation goes on")
+	}
+	if err := n.Close(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestLogLost: a node whose log is missing, or as it was long ago, says so and does not vote, not in later starts either.
 func TestLogLost(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

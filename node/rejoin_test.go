@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -84,7 +85,7 @@ func withOther(t *testing.T, o *other, state string) *Node {
 	n.fenced, n.fence = context.WithCancelCause(n.ctx)
 	var served sync.WaitGroup
 	served.Go(func() {
-		if err := s.Serve(l); err != nil {
+		if err := s.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) { // before it has begun
 			t.Error(err)
 		}
 	})
@@ -134,6 +135,20 @@ func TestRejoinAsksByOneRequest(t *testing.T) {
 		}
 		if len(o.asked) != 3 {
 			t.Errorf("it asked %d times", len(o.asked))
+		}
+		// What is left of the old life does not write what it was, or became, into what the node is now.
+		for name, late := range map[string]func() error{
+			"generationBegun": func() error { return n.generationBegun(5) },
+			"becomeMember":    func() error { return n.becomeMember(t.Context()) },
+			"loseLog":         func() error { return n.loseLog("it is away") },
+			"wasRemoved":      func() error { n.wasRemoved("it was replaced"); return errHandedOver },
+		} {
+			if err := late(); !errors.Is(err, errHandedOver) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if now := onDisk(t, n); !reflect.DeepEqual(now, id) || n.states.current().name == stateRemoved {
+			t.Errorf("it was %+v, and is %+v and %s", id, now, n.states.current().name)
 		}
 		for _, req := range o.asked {
 			if txn.UUID(req.Request) != id.Request || req.Replaces != 1 || txn.UUID(req.ClusterId) != id.ClusterID || req.Role != config.RoleWitness {
@@ -208,6 +223,31 @@ func TestOtherCluster(t *testing.T) {
 		} else if c.code == codes.Aborted && refused(err) {
 			t.Errorf("no other member is asked after %v", err)
 		}
+	}
+}
+
+// TestJudgedByWhatWasRead: while a new incarnation reads the log, who is a member is for the machine to say that has read it. A member
+// that hears of itself that it is none takes that for the last word.
+func TestJudgedByWhatWasRead(t *testing.T) {
+	n := withOther(t, &other{}, config.StateMember)
+	log := [][]byte{
+		codec.AppendFound(nil, &codec.Found{Cluster: n.identity.get().ClusterID, Founders: []codec.Founder{{Node: 1, Role: codec.RoleWitness}}}),
+		codec.AppendAdmit(nil, &codec.Admit{Request: txn.UUID{1}, Role: codec.RoleWitness, RaftAddress: "h:1", GRPCAddress: "h:2"}),
+	}
+	readUpTo := func(last int) *replication.Machine {
+		m := replication.New(replication.Config{Changed: func(replication.Change) {}, Processed: func(txn.LogIndex) {}})
+		for i, entry := range log[:last] {
+			m.Apply(txn.LogIndex(i+1), entry)
+		}
+		return m
+	}
+	n.observer.Store(&observer{machine: readUpTo(1)})
+	if err := n.Members().Known(2); status.Code(err) != codes.NotFound {
+		t.Fatalf("the machine that is being fed knows what is to come: %v", err)
+	}
+	_, err := n.admit(t.Context(), nil, readUpTo(2), admin.Applicant{Replaces: 2, Role: "none", Member: admin.Member{Raft: "h:3", GRPC: "h:4"}})
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "role") {
+		t.Errorf("a member asks to be admitted anew: %v", err)
 	}
 }
 

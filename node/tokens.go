@@ -65,14 +65,10 @@ func (n *Node) proposeToken(ctx context.Context, t codec.Token) (*replication.Ma
 }
 
 // joinToken returns what an admission by a token is to carry, and an error if it would be refused.
-func (n *Node) joinToken(text string) (codec.TokenUse, error) {
+func joinToken(m *replication.Machine, text string) (codec.TokenUse, error) {
 	id, hash, err := admin.ParseJoinToken(text)
 	if err != nil {
 		return codec.TokenUse{}, err
-	}
-	m := n.ledger()
-	if m == nil {
-		return codec.TokenUse{}, errStarting
 	}
 	use := codec.TokenUse{ID: id, Hash: hash, Time: seconds()}
 	return use, m.CheckToken(use)

@@ -306,8 +306,10 @@ func TestAdvertise(t *testing.T) {
 
 // Transaction ids are given out again by a server that was set back: those of an incarnation are known by its bounds.
 func TestServerGave(t *testing.T) {
-	s := Server{}.Begin(Incarnation{ID: 7, XID: 100}).Begin(Incarnation{ID: 8, XID: 200}).Begin(Incarnation{ID: 9, XID: 200}).
-		Begin(Incarnation{ID: 10, XID: 250})
+	s := Server{}
+	for _, i := range []Incarnation{{ID: 7, XID: 100}, {ID: 8, XID: 200}, {ID: 9, XID: 200}, {ID: 10, XID: 250}} {
+		s = s.Begin(i).Speak()
+	}
 	for _, x := range []struct {
 		incarnation uint64
 		xid         txn.XID
@@ -324,6 +326,16 @@ func TestServerGave(t *testing.T) {
 	s = s.CaughtUp()
 	if s.Knows(9) || s.Knows(6) || s.Gave(9, 249) || s.Gave(6, 99) || !s.Gave(10, 250) {
 		t.Errorf("when it has caught up: %+v", s)
+	}
+	// Starts that fail leave the ids of those before where they were, and the name of the latest.
+	for id := uint64(11); id < 100; id++ {
+		s = s.Begin(Incarnation{ID: id, XID: txn.XID(300 + id)})
+	}
+	if len(s.Incarnations) != 3 || !s.Gave(10, 310) || s.Gave(10, 311) || s.Knows(50) || !s.Knows(98) || !s.Gave(99, 399) || s.Gave(99, 398) {
+		t.Errorf("after starts that failed: %+v", s)
+	}
+	if s = s.Speak().Begin(Incarnation{ID: 100, XID: 500}).Begin(Incarnation{ID: 101, XID: 500}); !s.Knows(99) || !s.Gave(99, 499) || s.Gave(99, 500) {
+		t.Errorf("one that the log knows of is forgotten: %+v", s)
 	}
 	if !(Server{}).CaughtUp().IsZero() {
 		t.Error("a server out of nothing")

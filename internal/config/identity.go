@@ -76,18 +76,41 @@ type Incarnation struct {
 	ID uint64 `yaml:"id"` // in the GIDs of its transactions
 	// XID: the server gave out this transaction id and higher ones in it, and in none before.
 	XID txn.XID `yaml:"xid"`
+	// Silent: it has put nothing into the log.
+	Silent bool `yaml:"silent,omitempty"`
 }
 
 // IsZero reports whether the node has had no server.
 func (s Server) IsZero() bool { return s.SystemIdentifier == "" && s.Generation == 0 && s.Next == 0 }
 
-// Begin returns s with one more incarnation.
+// Begin returns s with one more incarnation, a silent one. Those that never were anything else are not worth a place each, or the
+// list would grow with every start that fails: of a row of them one remains, with the name of the last and the first id of all.
 func (s Server) Begin(i Incarnation) Server {
-	ran := s.Incarnations
+	ran := slices.Clone(s.Incarnations)
 	if len(ran) == 0 {
 		ran = []Incarnation{{}}
 	}
-	s.Incarnations = append(slices.Clone(ran), i)
+	if last := len(ran) - 1; last > 1 && ran[last].Silent && ran[last-1].Silent {
+		ran[last-1].ID = ran[last].ID
+		ran = ran[:last]
+	}
+	i.Silent = true
+	s.Incarnations = append(ran, i)
+	return s
+}
+
+// Silent reports whether the latest incarnation is.
+func (s Server) Silent() bool {
+	last := len(s.Incarnations) - 1
+	return last >= 0 && s.Incarnations[last].Silent
+}
+
+// Speak returns s with a latest incarnation that is silent no more.
+func (s Server) Speak() Server {
+	if s.Silent() {
+		s.Incarnations = slices.Clone(s.Incarnations)
+		s.Incarnations[len(s.Incarnations)-1].Silent = false
+	}
 	return s
 }
 

@@ -344,7 +344,7 @@ func TestCheckSettings(t *testing.T) {
 			}
 			// What a server has that knows nothing of us.
 			cfg := s.Config()
-			cfg.Settings = nil
+			cfg.Settings = pgserver.Settings{"track_counts": "off"}
 			plain, err := pgserver.New(cfg)
 			if err != nil {
 				t.Fatal(err)
@@ -360,9 +360,9 @@ func TestCheckSettings(t *testing.T) {
 				t.Fatalf("a stock server: %v", err)
 			}
 			t.Log(err)
-			want := 5 // wal_level, isolation, read only, slots, and origins since 18
+			want := 6 // wal_level, isolation, read only, counts, slots, and origins since 18
 			if major < 18 {
-				want = 4
+				want = 5
 			}
 			if len(wrong.Problems) != want {
 				t.Errorf("%d problems, want %d", len(wrong.Problems), want)

@@ -56,6 +56,7 @@ func rules(z Sizing) []rule {
 		{name: "full_page_writes", value: "on", why: "an acknowledged commit must survive a power failure"},
 		{name: "default_transaction_isolation", value: "repeatable read", why: "snapshot isolation is what the cluster guarantees"},
 		{name: "default_transaction_read_only", value: "on", why: "writes that bypass the gateway would not be replicated"},
+		{name: "track_counts", value: "on", why: "what is not replicated is found by the server's counts of changed rows"},
 		atLeast("max_connections", 0, z.connections(), "clients, apply workers and the node's own sessions"),
 		atLeast("max_wal_senders", 0, slotsNeeded, "capture, and clones of new nodes"),
 		// Until 17 this one bounds the replication origins as well.

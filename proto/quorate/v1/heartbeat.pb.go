@@ -184,7 +184,7 @@ func (x *RecallRequest) GetNode() uint32 {
 
 type RecallResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Health        *Health                `protobuf:"bytes,1,opt,name=health,proto3" json:"health,omitempty"` // absent: nothing is known of it
+	Health        *Health                `protobuf:"bytes,1,opt,name=health,proto3" json:"health,omitempty"` // term and commit_index only, the highest that it has told of; absent: nothing is known of it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

@@ -35,7 +35,7 @@ const (
 type HeartbeatClient interface {
 	// Beat tells a member that another one is alive, and how it sees the cluster.
 	Beat(ctx context.Context, in *BeatRequest, opts ...grpc.CallOption) (*BeatResponse, error)
-	// Recall tells a member that starts what it last said of itself. Who was set back to an earlier state learns it so.
+	// Recall tells a member that starts how far it has said that its log is. Who was set back to an earlier state learns it so.
 	Recall(ctx context.Context, in *RecallRequest, opts ...grpc.CallOption) (*RecallResponse, error)
 }
 
@@ -75,7 +75,7 @@ func (c *heartbeatClient) Recall(ctx context.Context, in *RecallRequest, opts ..
 type HeartbeatServer interface {
 	// Beat tells a member that another one is alive, and how it sees the cluster.
 	Beat(context.Context, *BeatRequest) (*BeatResponse, error)
-	// Recall tells a member that starts what it last said of itself. Who was set back to an earlier state learns it so.
+	// Recall tells a member that starts how far it has said that its log is. Who was set back to an earlier state learns it so.
 	Recall(context.Context, *RecallRequest) (*RecallResponse, error)
 	mustEmbedUnimplementedHeartbeatServer()
 }
