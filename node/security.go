@@ -29,6 +29,7 @@ import (
 	"github.com/quorate/quorate/internal/pki"
 	consensuspb "github.com/quorate/quorate/proto/quorate/consensus/v1"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
+	"github.com/quorate/quorate/replication/clone"
 )
 
 // methods says who may call what over gRPC. A node with a method that is missing here does not start.
@@ -132,7 +133,7 @@ func (n *Node) newGRPC() (*grpc.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	options := append(guard.Options(), grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
+	options := append(append(guard.Options(), clone.ServerOptions()...), grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: peers.MinPing}))
 	if n.certificates != nil {
 		options = append(options, grpc.Creds(authz.ServerCredentials(n.certificates)))

@@ -18,6 +18,7 @@ import (
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pki"
+	"github.com/quorate/quorate/replication/clone"
 )
 
 // openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
@@ -26,7 +27,7 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	if n.grpc, err = n.newGRPC(); err != nil {
 		return err
 	}
-	n.peers = peers.New(n.grpcAddress, n.dialOptions()...)
+	n.peers = peers.New(n.grpcAddress, append(n.dialOptions(), clone.DialOptions()...)...)
 	n.onClose(func(context.Context) error { return n.peers.Close() })
 	config := admin.Config{
 		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n, Membership: n,

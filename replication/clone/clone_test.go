@@ -100,7 +100,7 @@ func serve(t testing.TB, register func(*grpc.Server)) *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := grpc.NewServer()
+	s := grpc.NewServer(ServerOptions()...)
 	register(s)
 	var served sync.WaitGroup
 	served.Go(func() {
@@ -108,7 +108,7 @@ func serve(t testing.TB, register func(*grpc.Server)) *grpc.ClientConn {
 			t.Errorf("serve: %v", err)
 		}
 	})
-	conn, err := grpc.NewClient("passthrough:///"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("passthrough:///"+l.Addr().String(), append(DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 	if err != nil {
 		t.Fatal(err)
 	}

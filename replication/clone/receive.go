@@ -111,7 +111,7 @@ type receiver struct {
 func (r *receiver) run(ctx context.Context, donor grpc.ClientConnInterface) (result Result, err error) {
 	stream, err := pb.NewRecoveryClient(donor).Clone(ctx, &pb.CloneRequest{
 		Protocol: protocol, Cluster: r.Cluster, ClusterId: r.ClusterID[:], Node: uint32(r.Node), Server: r.Server.encode(), SpreadCheckpoint: r.SpreadCheckpoint,
-	}, grpc.MaxCallRecvMsgSize(maxChunk))
+	}, grpc.MaxCallRecvMsgSize(maxChunk), grpc.ForceCodecV2(newCodec()))
 	if err != nil {
 		return result, fmt.Errorf("ask the donor: %w", err)
 	}
