@@ -212,7 +212,10 @@ func (o *Observe) Conflicts(ctx context.Context, req *pb.ConflictsRequest) (*pb.
 	if err != nil {
 		return nil, err
 	}
-	resp := &pb.ConflictsResponse{Conflicts: o.node.Conflicts(ctx, most)}
+	// Where they were PostgreSQL may take its time to say, and whoever asks for all members' waits no longer than for one of these.
+	locating, cancel := context.WithTimeout(ctx, askTimeout/2)
+	resp := &pb.ConflictsResponse{Conflicts: o.node.Conflicts(locating, most)}
+	cancel()
 	if req.GetLocal() {
 		return resp, nil
 	}

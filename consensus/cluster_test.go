@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
+	pb "github.com/quorate/quorate/proto/quorate/consensus/v1"
 	"github.com/quorate/quorate/txn"
 )
 
@@ -183,6 +184,16 @@ func (tc *testCluster) create(m Member, bootstrap []Member, change func(*Config)
 	tc.nodes = append(tc.nodes, &testNode{config: cfg, member: m})
 }
 
+// service is what a node makes of Link.
+type service struct {
+	pb.UnimplementedConsensusServer
+	c *Consensus
+}
+
+func (s service) Link(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader]) error {
+	return s.c.Link(stream)
+}
+
 func (tc *testCluster) start(i int) {
 	tc.t.Helper()
 	n := tc.nodes[i]
@@ -194,7 +205,7 @@ func (tc *testCluster) start(i int) {
 	}
 	n.c = c
 	n.server = grpc.NewServer()
-	c.Register(n.server)
+	pb.RegisterConsensusServer(n.server, service{c: c})
 	l, err := net.Listen("tcp", n.member.GRPCAddress)
 	if err != nil {
 		tc.t.Fatal(err)

@@ -20,7 +20,7 @@ import (
 type Member struct {
 	Node        txn.NodeID
 	RaftAddress string // host:port
-	GRPCAddress string // host:port of the server that Register was called with
+	GRPCAddress string // host:port of the server that serves Link
 	// Voter says that the member's vote and its copy of the log count. It is the group's to say: in Config.Bootstrap, whose
 	// members all are voters, and in AddNonvoter it is ignored.
 	Voter bool

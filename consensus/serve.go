@@ -14,21 +14,10 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// Register adds the service by which followers reach this node when it leads. The server must be the one at this
-// node's GRPCAddress. Register once, before the server serves; Close ends the calls in progress.
-func (c *Consensus) Register(on grpc.ServiceRegistrar) {
-	pb.RegisterConsensusServer(on, &service{c: c})
-}
-
-type service struct {
-	pb.UnimplementedConsensusServer
-	c *Consensus
-}
-
-// Link implements the service. Three goroutines serve a follower: this one sends, one receives and proposes, one waits
-// for Raft's futures. They end when the follower hangs up or this node closes.
-func (s *service) Link(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader]) error {
-	c := s.c
+// Link implements the service by which followers reach this node when it leads, at its GRPCAddress. Three goroutines serve a
+// follower: this one sends, one receives and proposes, one waits for Raft's futures. They end when the follower hangs up or
+// this node closes.
+func (c *Consensus) Link(stream grpc.BidiStreamingServer[pb.ToLeader, pb.FromLeader]) error {
 	if !c.calls.enter() {
 		return status.Error(codes.Unavailable, "node is shutting down")
 	}

@@ -110,14 +110,50 @@ type frame struct {
 	sequence  uint64 // rises with each
 	at        int64  // Unix milliseconds
 	parts     [numParts]part
-	conflicts []shownConflict
-	events    []Event
+	conflicts []listing[Conflict]
+	events    []listing[Event]
 }
 
-// shownConflict has the frame in which what is known of it last changed: where it was may be found out late.
-type shownConflict struct {
-	Conflict
+// listing is an item of a list, and the frame in which what is known of it last changed: where a conflict was may be found
+// out late, and a node that was away tells of events from before others'.
+type listing[T item] struct {
+	item    T
 	changed uint64
+}
+
+type item interface {
+	comparable
+	id() string
+}
+
+func (c Conflict) id() string { return c.ID }
+func (e Event) id() string    { return e.ID }
+
+// listings are the newest items of a list, with the frames of those that were there before.
+func listings[T item](items []T, before []listing[T], sequence uint64) []listing[T] {
+	items = items[max(0, len(items)-listed):]
+	known := make(map[string]listing[T], len(before))
+	for _, old := range before {
+		known[old.item.id()] = old
+	}
+	all := make([]listing[T], len(items))
+	for i, one := range items {
+		all[i] = listing[T]{one, sequence}
+		if old := known[one.id()]; old.item == one {
+			all[i] = old
+		}
+	}
+	return all
+}
+
+// news are the items that have changed since a frame.
+func news[T item](all []listing[T], since uint64) (found []T) {
+	for _, one := range all {
+		if one.changed > since {
+			found = append(found, one.item)
+		}
+	}
+	return found
 }
 
 // part is one part of the page, and the frame in which it last changed.
@@ -132,10 +168,11 @@ const (
 	partNodes
 	partLinks
 	partTransactions
+	partSilent
 	numParts
 )
 
-var partNames = [numParts]string{"verdict", "cluster", "nodes", "links", "transactions"}
+var partNames = [numParts]string{"verdict", "cluster", "nodes", "links", "transactions", "silent"}
 
 // New returns a Dashboard, which shows nothing until it runs.
 func New(c Config) (*Dashboard, error) {
@@ -213,11 +250,8 @@ func (d *Dashboard) show(sequence uint64, v *View) error {
 		}
 	}
 	v.Transactions = v.Transactions[:min(len(v.Transactions), waiting)]
-	f := &frame{sequence: sequence, at: time.Now().UnixMilli(), conflicts: make([]shownConflict, 0, listed), events: newest(v.Events)}
-	for _, c := range newest(v.Conflicts) {
-		f.conflicts = append(f.conflicts, shownConflict{c, sequence})
-	}
-	for i, value := range [numParts]any{assess(v), v.Cluster, list(v.Nodes), list(v.Links), list(v.Transactions)} {
+	f := &frame{sequence: sequence, at: time.Now().UnixMilli()}
+	for i, value := range [numParts]any{assess(v), v.Cluster, list(v.Nodes), list(v.Links), list(v.Transactions), list(v.Silent)} {
 		text, err := json.Marshal(value)
 		if err != nil {
 			return fmt.Errorf("encode %s: %w", partNames[i], err)
@@ -229,22 +263,16 @@ func (d *Dashboard) show(sequence uint64, v *View) error {
 	if d.streams == 0 {
 		return nil // the last has gone meanwhile: whoever comes next gets what is true then
 	}
-	if d.now != nil {
-		for i, old := range d.now.parts {
-			if string(old.text) == string(f.parts[i].text) {
-				f.parts[i] = old
-			}
-		}
-		before := make(map[uint64]shownConflict, len(d.now.conflicts))
-		for _, c := range d.now.conflicts {
-			before[c.Sequence] = c
-		}
-		for i, c := range f.conflicts {
-			if old := before[c.Sequence]; old.Conflict == c.Conflict {
-				f.conflicts[i] = old
-			}
+	before := d.now
+	if before == nil {
+		before = &frame{}
+	}
+	for i, old := range before.parts {
+		if string(old.text) == string(f.parts[i].text) {
+			f.parts[i] = old
 		}
 	}
+	f.conflicts, f.events = listings(v.Conflicts, before.conflicts, sequence), listings(v.Events, before.events, sequence)
 	d.now = f
 	close(d.news)
 	d.news = make(chan struct{})
@@ -259,14 +287,10 @@ func list[T any](of []T) []T {
 	return of
 }
 
-// newest returns the last of a list, as many as are listed.
-func newest[T any](of []T) []T { return of[max(0, len(of)-listed):] }
-
 // cursor is what one page has been sent. The page that has seen nothing has the zero value.
 type cursor struct {
 	sequence uint64
 	samples  uint64
-	events   uint64
 	stages   []string
 }
 
@@ -281,9 +305,10 @@ type update struct {
 	Nodes        json.RawMessage `json:"nodes,omitempty"`
 	Links        json.RawMessage `json:"links,omitempty"`
 	Transactions json.RawMessage `json:"transactions,omitempty"`
+	Silent       json.RawMessage `json:"silent,omitempty"`
 	Samples      []sample        `json:"samples,omitempty"`   // to be appended
-	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be appended, or to replace the one of the same sequence
-	Events       []Event         `json:"events,omitempty"`    // to be appended
+	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be added, or to replace the one of the same ID
+	Events       []Event         `json:"events,omitempty"`    // the same
 }
 
 // since returns what has changed since c and moves c, or nil and what to wait for. However slow a page is, nothing
@@ -302,7 +327,7 @@ func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
 	if len(d.stages) > 0 && !slices.Equal(d.stages, c.stages) { // none are known without PostgreSQL
 		u.Stages, c.stages = d.stages, d.stages
 	}
-	for i, to := range [numParts]*json.RawMessage{&u.Verdict, &u.Cluster, &u.Nodes, &u.Links, &u.Transactions} {
+	for i, to := range [numParts]*json.RawMessage{&u.Verdict, &u.Cluster, &u.Nodes, &u.Links, &u.Transactions, &u.Silent} {
 		if f.parts[i].changed > c.sequence {
 			*to = f.parts[i].text
 		}
@@ -310,26 +335,9 @@ func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
 	missing := min(d.taken-c.samples, uint64(len(d.history)))
 	// Copied, because the history is moved in place.
 	u.Samples = append(u.Samples, d.history[uint64(len(d.history))-missing:]...)
-	for _, one := range f.conflicts {
-		if one.changed > c.sequence {
-			u.Conflicts = append(u.Conflicts, one.Conflict)
-		}
-	}
-	u.Events = after(f.events, c.events)
+	u.Conflicts, u.Events = news(f.conflicts, c.sequence), news(f.events, c.sequence)
 	c.sequence, c.samples = f.sequence, d.taken
-	if n := len(f.events); n > 0 {
-		c.events = f.events[n-1].Sequence
-	}
 	return u, d.news
-}
-
-// after returns the events whose sequence numbers are above last.
-func after(all []Event, last uint64) []Event {
-	i := len(all)
-	for i > 0 && all[i-1].Sequence > last {
-		i--
-	}
-	return all[i:]
 }
 
 // attach counts a page; it reports false when there are too many.

@@ -186,11 +186,9 @@ type message struct {
 	Links     []json.RawMessage
 	Samples   []struct{ At int64 }
 	Stages    []string
-	Conflicts []struct {
-		Sequence uint64
-		Table    string
-	}
-	Events []struct{ Sequence uint64 }
+	Conflicts []struct{ ID, Table string }
+	Events    []struct{ ID string }
+	Silent    []struct{ Node int }
 }
 
 // stream is a page that reads one line after the other.
@@ -255,22 +253,22 @@ func TestStreamIsWholeFirstAndThenWhatChanges(t *testing.T) {
 		t.Fatalf("a node has gone, and this was sent: %+v", m)
 	}
 	// A list is sent once, and then only what is new in it.
-	for i := range uint64(3) {
+	for _, id := range []string{"1 10", "2 3", "1 11"} {
 		s.change(func(v *dashboard.View) {
-			v.Events = append(v.Events[:len(v.Events):len(v.Events)], dashboard.Event{Sequence: 10 + i, Severity: "info", Text: "x"})
+			v.Events = append(v.Events[:len(v.Events):len(v.Events)], dashboard.Event{ID: id, Severity: "info", Text: "x"})
 		})
 		m := in.until(func(m message) bool { return m.Events != nil })
-		if len(m.Events) != 1 || m.Events[0].Sequence != 10+i {
-			t.Fatalf("event %d: %+v", i, m.Events)
+		if len(m.Events) != 1 || m.Events[0].ID != id {
+			t.Fatalf("event %s: %+v", id, m.Events)
 		}
 	}
 	// Where a conflict was may be found out late, and what the stages of a commit are, too.
 	for _, table := range []string{"", "t"} {
 		s.change(func(v *dashboard.View) {
-			v.Conflicts = []dashboard.Conflict{{Sequence: 7, Table: table}, {Sequence: 8}}
+			v.Conflicts = []dashboard.Conflict{{ID: "7", Table: table}, {ID: "8"}}
 		})
 		m = in.until(func(m message) bool { return m.Conflicts != nil })
-		if want := map[string]int{"": 2, "t": 1}[table]; len(m.Conflicts) != want || m.Conflicts[0].Sequence != 7 || m.Conflicts[0].Table != table {
+		if want := map[string]int{"": 2, "t": 1}[table]; len(m.Conflicts) != want || m.Conflicts[0].ID != "7" || m.Conflicts[0].Table != table {
 			t.Fatalf("conflicts at %q: %+v", table, m.Conflicts)
 		}
 	}

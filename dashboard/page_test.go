@@ -240,11 +240,11 @@ func TestPageIsLegible(t *testing.T) {
 	tab := look(t, s, browser.Options{})
 	s.change(func(v *dashboard.View) {
 		v.Events = []dashboard.Event{
-			{Sequence: 1, At: time.Now(), Severity: "info", Node: 1, Text: "node 2 leads"},
-			{Sequence: 2, At: time.Now(), Severity: "warning", Node: 1, Text: strings.Repeat("unbreakable", 30)},
-			{Sequence: 3, At: time.Now(), Severity: "error", Node: 1, Text: "fenced"},
+			{ID: "1", At: time.Now(), Severity: "info", Node: 1, Text: "node 2 leads"},
+			{ID: "2", At: time.Now(), Severity: "warning", Node: 1, Text: strings.Repeat("unbreakable", 30)},
+			{ID: "3", At: time.Now(), Severity: "error", Node: 1, Text: "fenced"},
 		}
-		v.Conflicts = []dashboard.Conflict{{Sequence: 1, At: time.Now(), Loser: "2-9f86d081884c7d65-412", Winner: "1-4c7d659f86d08188-80", Table: "public.accounts", Key: "(id)=(" + strings.Repeat("7", 200) + ")"}}
+		v.Conflicts = []dashboard.Conflict{{ID: "1", At: time.Now(), Loser: "2-9f86d081884c7d65-412", Winner: "1-4c7d659f86d08188-80", Table: "public.accounts", Key: "(id)=(" + strings.Repeat("7", 200) + ")"}}
 		v.Transactions = []dashboard.Transaction{{GID: "1-4c7d659f86d08188-1812", Stage: "in doubt", Doubt: true}}
 		v.Cluster.Name = strings.Repeat("long-name-", 6)
 		v.Nodes[0].Reason, v.Nodes[0].State = strings.Repeat("a very long reason ", 20), "recovering"
@@ -336,8 +336,8 @@ func TestPageKeepsItsSize(t *testing.T) {
 				v.Events = nil
 				v.Conflicts = nil
 				for i := range uint64(20) {
-					v.Events = append(v.Events, dashboard.Event{Sequence: n*20 + i, At: time.Now(), Severity: "warning", Text: fmt.Sprint("event ", n*20+i)})
-					v.Conflicts = append(v.Conflicts, dashboard.Conflict{Sequence: n*20 + i, At: time.Now(), Loser: fmt.Sprint(n)})
+					v.Events = append(v.Events, dashboard.Event{ID: fmt.Sprint(n*20 + i), At: time.Now(), Severity: "warning", Text: fmt.Sprint("event ", n*20+i)})
+					v.Conflicts = append(v.Conflicts, dashboard.Conflict{ID: fmt.Sprint(n*20 + i), At: time.Now(), Loser: fmt.Sprint(n)})
 				}
 				v.Transactions = make([]dashboard.Transaction, n%50)
 				v.Cluster.CSN = txn.CSN(n)
@@ -364,12 +364,12 @@ func TestPageShowsWhatComesLate(t *testing.T) {
 	at := time.Date(2024, 2, 29, 12, 13, 14, 0, time.Local)
 	conflict := func(table string) {
 		s.change(func(v *dashboard.View) {
-			v.Conflicts = []dashboard.Conflict{{Sequence: 7, At: at, Table: table, Key: "k"}}
+			v.Conflicts = []dashboard.Conflict{{ID: "7", At: at, Table: table, Key: "k"}}
 		})
 	}
 	conflict("")
 	s.change(func(v *dashboard.View) {
-		v.Events = []dashboard.Event{{Sequence: 1, At: at, Severity: "info", Text: "x"}, {Sequence: 2, At: time.Now(), Severity: "info", Text: "y"}}
+		v.Events = []dashboard.Event{{ID: "1", At: at, Severity: "info", Text: "x"}, {ID: "2", At: time.Now(), Severity: "info", Text: "y"}}
 	})
 	tab := look(t, s, browser.Options{})
 	tab.AwaitText(within, "#conflict-rows", "29 Feb 2024, 12:13:14")

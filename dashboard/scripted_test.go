@@ -65,7 +65,7 @@ func three() *scripted {
 	s := &scripted{act: func(dashboard.Action) (string, error) { return "done", nil }}
 	s.view.Cluster = dashboard.Cluster{
 		Name: "example", Node: 1, Version: "v1", Leader: 2, Term: 7, CommitIndex: 1000, CSN: 900,
-		Quorum: true, QuorumAge: dashboard.Ago(time.Millisecond), Access: "read-write",
+		Quorum: true, QuorumAge: dashboard.Ago(time.Millisecond), Access: "read-write", Late: dashboard.Millis(700 * time.Millisecond),
 	}
 	for id := txn.NodeID(1); id <= 3; id++ {
 		role := "follower"

@@ -15,9 +15,10 @@ type View struct {
 	Cluster      Cluster
 	Nodes        []Node // in the order of their ids
 	Links        []Link
-	Transactions []Transaction // the oldest first
-	Conflicts    []Conflict    // the newest last
-	Events       []Event       // the newest last
+	Transactions []Transaction // of all nodes, the oldest first
+	Conflicts    []Conflict    // of all nodes, the newest last
+	Events       []Event       // of all nodes, the newest last
+	Silent       []Silent      // whose transactions, conflicts and events are missing
 }
 
 // Cluster is what the node that is asked holds true of all of them.
@@ -37,6 +38,8 @@ type Cluster struct {
 	// Access is what clients of this node may do: "read-write", "read-only" or "none"; Reason says why not everything.
 	Access string `json:"access"`
 	Reason string `json:"reason"`
+	// Late is the age from which on a heartbeat is late, though nobody is lost yet.
+	Late Millis `json:"late"`
 }
 
 // Node is one member, as the node that is asked knows it.
@@ -94,33 +97,39 @@ type Link struct {
 // Transaction is one that waits, on its way from COMMIT to being visible.
 type Transaction struct {
 	GID   string     `json:"gid"`
-	Node  txn.NodeID `json:"node"` // where it ran
+	Node  txn.NodeID `json:"node"` // where it waits
 	Stage string     `json:"stage"`
-	Age   Millis     `json:"age"` // since its COMMIT
+	Age   Millis     `json:"age"` // since its COMMIT; on another node than its own, since that has it
 	// Doubt: its client was told that the outcome is unknown.
 	Doubt bool `json:"doubt"`
 }
 
 // Conflict is one transaction that had to give way to another.
 type Conflict struct {
-	Sequence uint64     `json:"sequence"` // rises with each
-	At       time.Time  `json:"at"`
-	Node     txn.NodeID `json:"node"` // where the loser ran
-	Loser    string     `json:"loser"`
-	Winner   string     `json:"winner"` // GID or CSN, as far as it is known
-	Table    string     `json:"table"`
-	Key      string     `json:"key"`
-	Reason   string     `json:"reason"`
+	ID     string     `json:"id"`
+	At     time.Time  `json:"at"`
+	Node   txn.NodeID `json:"node"` // where the loser ran
+	Loser  string     `json:"loser"`
+	Winner string     `json:"winner"` // GID or CSN, as far as it is known
+	Table  string     `json:"table"`
+	Key    string     `json:"key"`
+	Reason string     `json:"reason"`
 }
 
 // Event is something that happened to the cluster.
 type Event struct {
-	Sequence uint64     `json:"sequence"` // rises with each
-	At       time.Time  `json:"at"`
+	ID       string     `json:"id"`
+	At       time.Time  `json:"at"`       // by the clock of the node that has noted it
 	Severity string     `json:"severity"` // "info", "warning" or "error"
-	Node     txn.NodeID `json:"node"`     // 0: none in particular
+	Node     txn.NodeID `json:"node"`     // who has noted it
 	Kind     string     `json:"kind"`
 	Text     string     `json:"text"`
+}
+
+// Silent is a node that did not answer when it was last asked.
+type Silent struct {
+	Node   txn.NodeID `json:"node"`
+	Reason string     `json:"reason"`
 }
 
 // Millis is a duration that is shown in milliseconds, with as many digits as are worth reading.
@@ -195,6 +204,11 @@ func assess(v *View) verdict {
 		if len(gone) > 0 {
 			d.Text += " Bring back " + strings.Join(gone, " or ") + "."
 		}
+	case d.Reachable < d.Majority:
+		// Raft gives a leader longer than heartbeats give a member. Until it has given up, this is the truth already.
+		d.Level = NoQuorum
+		d.Title = "Cut off"
+		d.Text = fmt.Sprintf("This node hears %d of %s, and %s needed: what is committed here waits, and is refused soon.", d.Reachable, count(d.Voters, "voter"), are(d.Majority))
 	case v.Cluster.Leader == 0:
 		d.Level = Degraded
 		d.Title = "Electing"

@@ -3,6 +3,7 @@ package dashboard
 import (
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +35,8 @@ func TestAssess(t *testing.T) {
 		{"two of three gone", 3, func(v *View) {
 			v.Nodes[1].Reachable, v.Nodes[2].Reachable, v.Cluster.Quorum, v.Cluster.Leader = false, false, false, 0
 		}, NoQuorum, 0, "This node reaches 1 of 3 voters, and 2 are needed: nothing can be committed here. Bring back node 2 or node 3."},
+		{"not heard, before Raft has given up", 3, func(v *View) { v.Nodes[1].Reachable, v.Nodes[2].Reachable = false, false }, NoQuorum, 0,
+			"This node hears 1 of 3 voters, and 2 are needed: what is committed here waits, and is refused soon."},
 		{"electing", 3, func(v *View) { v.Cluster.Leader = 0 }, Degraded, 1, "There is no leader"},
 		{"catching up", 3, func(v *View) { v.Nodes[1].State, v.Nodes[1].Reason = "catching-up", "it applies the log." }, Degraded, 1, "node 2 is catching-up: it applies the log."},
 		{"read only", 3, func(v *View) { v.Nodes[1].Writes = false }, Degraded, 1, "node 2 takes no writes."},
@@ -140,16 +143,16 @@ func TestListsAreBounded(t *testing.T) {
 	}
 	d.streams = 1
 	v := View{}
-	for i := range uint64(5 * listed) {
-		v.Events = append(v.Events, Event{Sequence: i + 1})
-		v.Conflicts = append(v.Conflicts, Conflict{Sequence: i + 1})
+	for i := range 5 * listed {
+		v.Events = append(v.Events, Event{ID: strconv.Itoa(i)})
+		v.Conflicts = append(v.Conflicts, Conflict{ID: strconv.Itoa(i)})
 		v.Transactions = append(v.Transactions, Transaction{GID: "x"})
 	}
 	if err := d.show(1, &v); err != nil {
 		t.Fatal(err)
 	}
 	u, _ := d.since(&cursor{})
-	if len(u.Events) != listed || u.Events[listed-1].Sequence != 5*listed || len(u.Conflicts) != listed {
+	if len(u.Events) != listed || u.Events[listed-1].ID != strconv.Itoa(5*listed-1) || len(u.Conflicts) != listed {
 		t.Errorf("%d events, %d conflicts", len(u.Events), len(u.Conflicts))
 	}
 	if n := strings.Count(string(u.Transactions), "gid"); n != waiting {

@@ -115,7 +115,7 @@ func TestServerTrustIsNoLogin(t *testing.T) {
 	// Where the client is, the session can be asked.
 	expect(t, c, "SELECT current_setting('quorate.client_address')", "("+c.Conn().LocalAddr().String()+") SELECT 1 I")
 	for _, forged := range []string{"&quorate.client_address=10.0.0.1", "&options=-c%20quorate.client_address%3D10.0.0.1", "&options=--quorate.client-address%3D10.0.0.1"} {
-		if _, err := pgconn.Connect(timeout(t), f.url("postgres")+forged); !errors.As(err, &e) || e.Code != codeUnsupported {
+		if _, err := pgconn.Connect(timeout(t), f.url("postgres")+forged); !errors.As(err, &e) || e.Code != codeCannotChange {
 			t.Errorf("%s: %v", forged, err)
 		}
 	}

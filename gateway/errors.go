@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"unicode/utf8"
@@ -13,6 +14,8 @@ import (
 const (
 	codeReadOnly           = "25006" // read_only_sql_transaction
 	codeInFailed           = "25P02" // in_failed_sql_transaction
+	codeWarning            = "01000" // warning
+	codeCannotChange       = "55P02" // cant_change_runtime_param
 	codeNoActive           = "25P01" // no_active_sql_transaction
 	codeActive             = "25001" // active_sql_transaction
 	codeNoStatement        = "26000" // invalid_sql_statement_name
@@ -204,12 +207,13 @@ var refusals = map[sqllex.Refusal]*sqlError{
 		detail: "Definitions made in that mode would not be replicated."},
 	sqllex.ExplainedCreation: {message: "EXPLAIN ANALYZE cannot create a table",
 		detail: "No event trigger would see it.", hint: "Create the table, or EXPLAIN the query alone."},
-	sqllex.OwnSchema: {message: "schema \"quorate\" belongs to the node and is not replicated"},
+	sqllex.OwnSetting: {code: codeCannotChange, message: "settings of quorate tell about the node and cannot be changed"},
+	sqllex.OwnSchema:  {message: "schema \"quorate\" belongs to the node and is not replicated"},
 }
 
 func init() {
 	for _, e := range refusals {
-		e.code = codeUnsupported
+		e.code = cmp.Or(e.code, codeUnsupported)
 	}
 }
 

@@ -129,13 +129,16 @@ func (s *session) inform(a asked) error {
 		if a.views&(1<<i) == 0 {
 			continue
 		}
-		full, public := s.g.cfg.View(name)
+		rows := s.g.cfg.View(s.ctx, name)
+		for _, what := range rows.Missing {
+			s.emit((&sqlError{severity: "WARNING", code: codeWarning, message: "quorate." + name + " is not complete: " + what}).appendAs(nil, 'N'))
+		}
 		local := "false"
 		if status == 'T' {
 			local = "true"
 		}
 		// As parameters: other sessions of the role may see the text of a statement.
-		b = appendHidden(b, seenSQL, seenSetting+name, full, public, local)
+		b = appendHidden(b, seenSQL, seenSetting+name, rows.Full, rows.Public, local)
 		names = append(names, seenSetting+name)
 	}
 	if status != 'T' {

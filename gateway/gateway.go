@@ -55,6 +55,14 @@ type Commit interface {
 	Close()
 }
 
+// Rows is the content of a view of schema quorate.
+type Rows struct {
+	// Full and Public are the rows as a JSON array: for members of pg_monitor, and as everybody may see them.
+	Full, Public string
+	// Missing has a phrase for each part that should be there and is not. Clients get a warning for each.
+	Missing []string
+}
+
 // Config configures a Gateway.
 type Config struct {
 	// Listen is the address to listen on, "host:port".
@@ -72,10 +80,9 @@ type Config struct {
 	// Access says what those that are connected may do. It is asked before every statement, so it must be cheap. nil lets
 	// them do everything.
 	Access func() Access
-	// View returns the rows of a view of schema quorate as a JSON array: in full, for members of pg_monitor, and as
-	// everybody may see them. It is called before each statement that names the view and must not block. nil: there are
-	// no views.
-	View func(name string) (full, public string)
+	// View returns the content of a view of schema quorate. It is called before each statement that names the view, which
+	// waits for it. nil: there are no views.
+	View func(ctx context.Context, name string) Rows
 	// Settings are what sessions begin with, so that clients can SHOW them, by name.
 	Settings map[string]string
 	// Terminate ends a server backend that does not let go of its transaction (pg_terminate_backend on a connection of

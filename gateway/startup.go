@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/quorate/quorate/gateway/sqllex"
 	"github.com/quorate/quorate/internal/logkey"
 )
 
@@ -294,13 +295,17 @@ func (g *Gateway) rewriteStartup(version uint32, body []byte, from net.Addr) (pa
 	return packet, wishReadOnly || wish, nil
 }
 
-// clientSetting tells a session's SQL where its client connects from, as host:port. What a session begins with is true;
-// like application_name it can be changed afterwards.
+// clientSetting tells a session's SQL where its client connects from, as host:port. Like all settings of quorate it is true, as
+// far as no function that the client calls has set another value.
 const clientSetting = "quorate.client_address"
 
 // startupSetting judges a setting given at startup. drop says that it is the gateway's to keep.
 func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
-	switch strings.ToLower(strings.ReplaceAll(key, "-", "_")) {
+	key = strings.ToLower(strings.ReplaceAll(key, "-", "_"))
+	if strings.HasPrefix(key, "quorate.") {
+		return false, false, refusals[sqllex.OwnSetting]
+	}
+	switch key {
 	case "default_transaction_read_only":
 		switch strings.ToLower(value) {
 		case "on", "true", "yes", "1", "t", "y", "tr", "tru", "ye":
@@ -311,8 +316,6 @@ func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
 		if strings.EqualFold(value, "serializable") {
 			return false, false, errIsolation
 		}
-	case clientSetting:
-		return false, false, &sqlError{code: codeUnsupported, message: clientSetting + " is set by the gateway, to where a client connects from"}
 	case "session_replication_role":
 		if !strings.EqualFold(value, "origin") {
 			return false, false, errReplicaRole
@@ -326,8 +329,8 @@ func startupSetting(key, value string) (drop, wishReadOnly bool, err error) {
 }
 
 // rewriteOptions goes through the server options that a client gives ("-c name=value --name=value …", split at
-// blanks, backslash quotes), takes default_transaction_read_only out and sets it to on, and adds where the client is.
-// settings come first, so that the client may give others.
+// blanks, backslash quotes), takes default_transaction_read_only out and sets it to on, and adds the gateway's settings and
+// where the client is.
 func rewriteOptions(options string, settings map[string]string, from net.Addr) (out string, wishReadOnly bool, err error) {
 	words := splitOptions(options)
 	var kept []string

@@ -2,21 +2,26 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // viewOf is the content of quorate.conflicts in these tests, as Config.View returns it. Texts are such that they would do
 // harm if they were taken for SQL.
-func viewOf(name string) (full, public string) {
-	if name != "conflicts" {
-		return "[]", "[]"
+func viewOf(_ context.Context, name string) Rows {
+	switch name {
+	case "conflicts":
+		return Rows{Full: `[{"node": 1, "table": "o'\\x\"", "key": "secret"}]`, Public: `[{"node": 1, "table": "o'\\x\""}]`}
+	case "heartbeats":
+		return Rows{Full: "[]", Public: "[]", Missing: []string{"node 3 does not answer"}}
 	}
-	return `[{"node": 1, "table": "o'\\x\"", "key": "secret"}]`, `[{"node": 1, "table": "o'\\x\""}]`
+	return Rows{Full: "[]", Public: "[]"}
 }
 
 func testViews(t *testing.T, f *fixture) {
@@ -26,7 +31,7 @@ func testViews(t *testing.T, f *fixture) {
 	}
 	for _, pattern := range []string{
 		`(?s)CREATE OR REPLACE FUNCTION quorate\.seen\(.*?\nEND \$\$;`, `(?s)CREATE OR REPLACE VIEW quorate\.nodes.*?;\n`,
-		`(?s)CREATE OR REPLACE VIEW quorate\.conflicts.*?;\n`,
+		`(?s)CREATE OR REPLACE VIEW quorate\.conflicts.*?;\n`, `(?s)CREATE OR REPLACE VIEW quorate\.heartbeats.*?;\n`,
 	} {
 		text := regexp.MustCompile(pattern).Find(schema)
 		if text == nil {
@@ -34,7 +39,7 @@ func testViews(t *testing.T, f *fixture) {
 		}
 		f.direct("SET session_replication_role = replica; " + string(text) + "; RESET session_replication_role")
 	}
-	f.direct(`GRANT SELECT ON quorate.nodes, quorate.conflicts TO PUBLIC`)
+	f.direct(`GRANT SELECT ON quorate.nodes, quorate.conflicts, quorate.heartbeats TO PUBLIC`)
 	f.direct(`DROP ROLE IF EXISTS viewer; DROP ROLE IF EXISTS monitor; CREATE ROLE viewer LOGIN; CREATE ROLE monitor LOGIN IN ROLE pg_monitor`)
 
 	const all, redacted = `(1|o'\x"|secret)`, `(1|o'\x"|)`
@@ -91,9 +96,30 @@ func testViews(t *testing.T, f *fixture) {
 	// Reading is not writing: nothing waits for an order.
 	expect(t, c, "SHOW quorate.node", "(7) SHOW I")
 	expect(t, c, "SHOW quorate.cluster", "(a b) SHOW I")
-	other := f.wire(t, map[string]string{"options": "-c quorate.node=8"})
-	other.send(query("SHOW quorate.node"))
-	if got := other.until(1); got != "T (8) SHOW I" {
-		t.Error(got)
+	for _, forged := range []string{"SET quorate.node = 8", "SELECT set_config('quorate.node', '8', false)", "SET LOCAL quorate.node = 8"} {
+		expect(t, c, forged, "!55P02 I")
+	}
+	expect(t, c, "DISCARD ALL", "DISCARD ALL I")
+	expect(t, c, "SELECT current_setting('quorate.node')", "(7) SELECT 1 I")
+	var refused *pgconn.PgError
+	if _, err := pgconn.Connect(timeout(t), f.url("postgres")+"&options=-c%20quorate.node%3D8"); !errors.As(err, &refused) || refused.Code != codeCannotChange {
+		t.Errorf("a client with a setting of its own: %v", err)
+	}
+
+	// What is missing in a view is said.
+	warnings := make(chan *pgconn.Notice, 1)
+	listening, err := pgconn.ParseConfig(f.url("postgres"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listening.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { warnings <- n }
+	warned, err := pgconn.ConnectConfig(timeout(t), listening)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer warned.Close(context.Background())
+	expect(t, warned, "SELECT count(*) FROM quorate.heartbeats", "(0) SELECT 1 I")
+	if w := <-warnings; w.Severity != "WARNING" || w.Message != "quorate.heartbeats is not complete: node 3 does not answer" {
+		t.Errorf("warned of %+v", w)
 	}
 }

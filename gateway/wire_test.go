@@ -161,8 +161,8 @@ func TestMetrics(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
-	for r := sqllex.Serializable; r <= sqllex.ExplainedCreation; r++ {
-		if e := refusals[r]; e == nil || e.message == "" || e.code != codeUnsupported || e.hint == "" && e.detail == "" && r < sqllex.OwnPublication {
+	for r := sqllex.Serializable; r <= sqllex.OwnSetting; r++ {
+		if e := refusals[r]; e == nil || e.message == "" || e.code != map[bool]string{true: codeCannotChange, false: codeUnsupported}[r == sqllex.OwnSetting] || e.hint == "" && e.detail == "" && r < sqllex.OwnPublication {
 			t.Errorf("refusal %d: %+v", r, e)
 		}
 	}

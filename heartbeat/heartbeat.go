@@ -1,5 +1,5 @@
 // Package heartbeat tells each member of the cluster whom it hears, and whom the others hear. Every member calls every
-// other one four times a second. A call carries the sender's own report (its health, and one row of the matrix: how old
+// other one in each interval. A call carries the sender's own report (its health, and one row of the matrix: how old
 // the last heartbeat of each other member is to it) and the newest reports that it has of the others, so that every
 // member that hears anybody knows the whole matrix.
 //

@@ -138,7 +138,6 @@ func (n *Node) openConsensus(context.Context) error {
 	}
 	n.consensus.Store(c)
 	n.onClose(func(context.Context) error { return c.Close() })
-	c.Register(n.grpc)
 	n.alongside(n.watchMembership)
 	n.group.Go(func() error {
 		select {

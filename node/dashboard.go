@@ -11,6 +11,7 @@ import (
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -59,22 +60,31 @@ func (n *Node) openDashboard(mux *http.ServeMux, guard *authz.HTTP) error {
 // shown is the node as the dashboard shows it.
 type shown struct {
 	n *Node
-	// Where conflicts were is found out with PostgreSQL's help, which may take any time. So that is done beside, while
-	// somebody looks.
-	looked    atomic.Int64 // when, in nanoseconds since the node's start
-	conflicts atomic.Pointer[[]dashboard.Conflict]
+	// What only other members know, and where conflicts were, which is found out with PostgreSQL's help, may take its time to
+	// come. So it is gathered beside, while somebody looks.
+	looked   atomic.Int64 // when, in nanoseconds since the node's start
+	gathered atomic.Pointer[gathered]
+}
+
+// gathered is what all members had when they were last asked.
+type gathered struct {
+	transactions []dashboard.Transaction // of the others: this node's are looked at each time
+	conflicts    []dashboard.Conflict
+	events       []dashboard.Event // of the others
+	silent       []dashboard.Silent
 }
 
 const (
 	shownEvents       = 200
 	shownConflicts    = 200
 	shownTransactions = 100
-	conflictInterval  = time.Second
+	gatherInterval    = time.Second
+	gatherTimeout     = 5 * time.Second
 )
 
-// follow keeps the conflicts up to date until ctx ends.
+// follow gathers until ctx ends.
 func (s *shown) follow(ctx context.Context) error {
-	ticker := time.NewTicker(conflictInterval)
+	ticker := time.NewTicker(gatherInterval)
 	defer ticker.Stop()
 	for {
 		select {
@@ -82,27 +92,85 @@ func (s *shown) follow(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 		}
-		if time.Since(s.n.seen.began)-time.Duration(s.looked.Load()) > 2*conflictInterval {
+		if time.Since(s.n.seen.began)-time.Duration(s.looked.Load()) > 2*gatherInterval {
 			continue
 		}
-		asking, cancel := context.WithTimeout(ctx, conflictInterval)
-		found := s.n.seen.conflicts.list(asking, shownConflicts, s.n.locate)
-		cancel()
-		all := make([]dashboard.Conflict, 0, len(found))
-		for _, c := range slices.Backward(found) { // the newest comes first
-			one := dashboard.Conflict{
-				Sequence: c.number, At: c.at, Node: c.node, Table: c.place.Table, Key: c.place.Key, Reason: c.kind,
-				Winner: fmt.Sprintf("CSN %d", c.winner),
-			}
-			if !c.loser.IsZero() {
-				one.Loser = c.loser.String()
-			}
-			if !c.gid.IsZero() {
-				one.Winner = c.gid.String()
-			}
-			all = append(all, one)
+		if g, err := s.gather(ctx); err == nil {
+			s.gathered.Store(g)
+		} else if ctx.Err() == nil {
+			s.n.log.Debug("gather for the dashboard", logkey.Error, err) // what is shown stays as it was
 		}
-		s.conflicts.Store(&all)
+	}
+}
+
+// gather asks all members, as the command line has a node do it.
+func (s *shown) gather(ctx context.Context) (*gathered, error) {
+	ctx, cancel := context.WithTimeout(ctx, gatherTimeout)
+	defer cancel()
+	var (
+		transactions *pb.TransactionsResponse
+		conflicts    *pb.ConflictsResponse
+		happened     *pb.EventsResponse
+		group        errgroup.Group
+	)
+	group.Go(func() (err error) {
+		transactions, err = s.n.observe.Transactions(ctx, &pb.TransactionsRequest{Limit: shownTransactions})
+		return err
+	})
+	group.Go(func() (err error) {
+		conflicts, err = s.n.observe.Conflicts(ctx, &pb.ConflictsRequest{Limit: shownConflicts})
+		return err
+	})
+	group.Go(func() (err error) {
+		happened, err = s.n.observe.Events(ctx, &pb.EventsRequest{Limit: shownEvents})
+		return err
+	})
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	g := &gathered{}
+	self := uint32(s.n.cfg.Node)
+	for _, t := range transactions.Transactions {
+		if t.Node != self {
+			g.transactions = append(g.transactions, shownTransaction(t))
+		}
+	}
+	for _, c := range slices.Backward(conflicts.Conflicts) { // the newest comes first
+		g.conflicts = append(g.conflicts, shownConflict(c))
+	}
+	for _, e := range happened.Events {
+		if e.Node != self {
+			g.events = append(g.events, shownEvent(e))
+		}
+	}
+	for _, u := range slices.Concat(transactions.Unreachable, conflicts.Unreachable, happened.Unreachable) {
+		g.silent = append(g.silent, dashboard.Silent{Node: txn.NodeID(u.Node), Reason: u.Reason})
+	}
+	slices.SortStableFunc(g.silent, func(a, b dashboard.Silent) int { return cmp.Compare(a.Node, b.Node) })
+	g.silent = slices.CompactFunc(g.silent, func(a, b dashboard.Silent) bool { return a.Node == b.Node })
+	return g, nil
+}
+
+func shownTransaction(t *pb.TransactionInFlight) dashboard.Transaction {
+	return dashboard.Transaction{GID: t.Gid, Node: txn.NodeID(t.Node), Stage: t.Stage, Age: millis(t.AgeSeconds), Doubt: t.Stage == "in doubt"}
+}
+
+func shownConflict(c *pb.Conflict) dashboard.Conflict {
+	one := dashboard.Conflict{
+		At: time.UnixMilli(c.TimeMs), Node: txn.NodeID(c.Node), Loser: c.Gid, Table: c.Table, Key: c.Key, Reason: c.Kind,
+		Winner: cmp.Or(c.WinnerGid, fmt.Sprintf("CSN %d", c.WinnerCsn)),
+	}
+	// All members tell of a loser that the log knows, each with its own time; of any other, one member does.
+	if one.ID = c.Kind + " " + c.Gid; c.Gid == "" {
+		one.ID = fmt.Sprintf("%s %d %d %d", c.Kind, c.Node, c.TimeMs, c.WinnerCsn)
+	}
+	return one
+}
+
+func shownEvent(e *pb.Event) dashboard.Event {
+	return dashboard.Event{
+		ID: fmt.Sprintf("%d %d", e.Node, e.Number), At: time.UnixMilli(e.TimeMs), Severity: events.Severity(e.Severity).String(),
+		Node: txn.NodeID(e.Node), Kind: e.Kind, Text: e.Text,
 	}
 }
 
@@ -124,21 +192,17 @@ func (s *shown) View() dashboard.View {
 		v.Links = append(v.Links, links(seen, node)...)
 	}
 	for _, t := range n.InFlight(shownTransactions) {
-		one := dashboard.Transaction{GID: t.Gid, Stage: t.Stage, Age: millis(t.AgeSeconds), Doubt: t.Stage == "in doubt"}
-		if gid, err := txn.ParseGID(t.Gid); err == nil {
-			one.Node = gid.Node
-		}
-		v.Transactions = append(v.Transactions, one)
+		v.Transactions = append(v.Transactions, shownTransaction(t))
+	}
+	for _, e := range n.Happened(&pb.EventsRequest{Limit: shownEvents}) {
+		v.Events = append(v.Events, shownEvent(e))
+	}
+	if g := s.gathered.Load(); g != nil {
+		v.Transactions, v.Events = append(v.Transactions, g.transactions...), append(v.Events, g.events...)
+		v.Conflicts, v.Silent = g.conflicts, g.silent
 	}
 	slices.SortStableFunc(v.Transactions, func(a, b dashboard.Transaction) int { return cmp.Compare(b.Age, a.Age) })
-	if c := s.conflicts.Load(); c != nil {
-		v.Conflicts = *c
-	}
-	for _, e := range slices.Backward(n.seen.events.Find(events.Query{Limit: shownEvents})) {
-		v.Events = append(v.Events, dashboard.Event{
-			Sequence: e.Number, At: e.Time, Severity: e.Severity.String(), Node: e.Node, Kind: e.Kind, Text: e.Text,
-		})
-	}
+	slices.SortFunc(v.Events, func(a, b dashboard.Event) int { return cmp.Or(a.At.Compare(b.At), cmp.Compare(a.ID, b.ID)) })
 	return v
 }
 
@@ -148,6 +212,7 @@ func (s *shown) cluster(seen *pb.View) dashboard.Cluster {
 	c := dashboard.Cluster{
 		Name: seen.Cluster, Node: n.cfg.Node, Version: n.version, Leader: own.Leader, Term: own.Term,
 		CommitIndex: own.CommitIndex, CSN: max(own.CSN, txn.CSN(seen.Csn)), Quorum: seen.Quorum, Access: "none", Reason: own.Reason,
+		Late: dashboard.Millis(n.seen.beats.Interval() * 14 / 5),
 	}
 	if log := n.consensus.Load(); log != nil {
 		if at := log.QuorumContact(); !c.Quorum && !at.IsZero() {
@@ -200,21 +265,28 @@ func shownNode(seen *pb.View, from *pb.NodeView) dashboard.Node {
 
 // unheard says who hears a node that this one does not.
 func unheard(seen *pb.View, id uint32) string {
-	var hear []string
+	var hear, deaf []string
 	for _, to := range seen.Nodes {
 		for _, l := range links(seen, to) {
-			if l.From == txn.NodeID(id) && l.Known && !l.Lost {
-				hear = append(hear, fmt.Sprintf("node %d", to.Id))
+			switch name := fmt.Sprintf("node %d", to.Id); {
+			case l.From != txn.NodeID(id) || !l.Known:
+			case l.Lost:
+				deaf = append(deaf, name)
+			default:
+				hear = append(hear, name)
 			}
 		}
 	}
-	switch len(hear) {
-	case 0:
-		return fmt.Sprintf("node %d does not hear it", seen.Node)
-	case 1:
-		return fmt.Sprintf("node %d does not hear it, %s does", seen.Node, hear[0])
+	says := fmt.Sprintf("node %d does not hear it", seen.Node)
+	switch {
+	case len(hear) > 1:
+		says += ", " + strings.Join(hear, ", ") + " do"
+	case len(hear) == 1:
+		says += ", " + hear[0] + " does"
+	case len(deaf) > 1:
+		says = strings.Join(deaf, " and ") + " do not hear it"
 	}
-	return fmt.Sprintf("node %d does not hear it, %s do", seen.Node, strings.Join(hear, ", "))
+	return says
 }
 
 // links is one row of the matrix of heartbeats.

@@ -54,6 +54,8 @@ type Node struct {
 	gateway   atomic.Pointer[gateway.Gateway]
 	grpc      *grpc.Server
 	admin     atomic.Pointer[admin.Admin]
+	observe   *admin.Observe
+	met       atomic.Bool // see starting.go
 	peers     *peers.Pool
 
 	certificates      *pki.Credentials               // nil: on loopback, without
@@ -100,6 +102,9 @@ func Open(ctx context.Context, cfg config.Config, id config.Identity, version st
 	}
 	n.log = log.With(logkey.Node, n.cfg.Node)
 	for _, step := range n.steps() {
+		if step.waits != "" && n.states.current().name == stateStarting {
+			n.states.set(stateStarting, "the node is starting: it waits for "+step.waits)
+		}
 		if err := step.run(ctx); err != nil {
 			n.event(events.Error, eventStartFailed, n.cfg.Node, fmt.Sprintf("node %s cannot start: %s: %v", n.cfg.Node, step.name, err))
 			return nil, fmt.Errorf("open %s: %w", step.name, err)
@@ -130,32 +135,37 @@ func newNode(cfg config.Config, id config.Identity, version string, log *slog.Lo
 func (n *Node) ID() txn.NodeID { return n.cfg.Node }
 
 type step struct {
-	name string
-	run  func(context.Context) error
+	name  string
+	run   func(context.Context) error
+	waits string // for what, as far as it may take its time
 }
 
-// steps are what opening consists of. The order matters. HTTP before PostgreSQL, which may take minutes to replay its WAL: whoever
-// asks for liveness must not take that for a dead process and kill it. PostgreSQL before the log: how far it is decides where
-// applying starts. The log, which begins to play as soon as consensus is open, finds what consumes it. gRPC behind it: all
-// its services, Raft's among them, are there before it serves. Clients last.
+// steps are what opening consists of. The order matters. HTTP and gRPC before PostgreSQL, which may take minutes to replay its WAL:
+// whoever asks for liveness must not take that for a dead process and kill it, and whoever wants to know hears what the node
+// waits for. PostgreSQL before the log: how far it is decides where applying starts. The log, which begins to play as soon as
+// consensus is open, finds what consumes it. Behind it the node is one among the members. Clients last.
 func (n *Node) steps() []step {
 	id := n.identity.get()
-	steps := []step{{"observation", n.openObservation}, {"tracing", n.openTracing}, {"admin API", n.openAdmin}, {"HTTP", n.openHTTP}}
-	if id.State == config.StateRemoved {
-		return append(steps, step{"removed node", n.staysRemoved}, step{"gRPC", n.serveGRPC})
+	steps := []step{
+		{name: "observation", run: n.openObservation}, {name: "tracing", run: n.openTracing}, {name: "admin API", run: n.openAdmin},
+		{name: "HTTP", run: n.openHTTP}, {name: "gRPC", run: n.serveGRPC},
 	}
-	steps = append(steps, step{"log", n.checkLog})
+	members := step{name: "members", run: n.meet}
+	if id.State == config.StateRemoved {
+		return append(steps, step{name: "removed node", run: n.staysRemoved}, members)
+	}
+	steps = append(steps, step{name: "log", run: n.checkLog, waits: "the other members to say how far its log was"})
 	switch {
 	case n.cfg.Witness():
-		steps = append(steps, step{"witness", n.openObserver})
+		steps = append(steps, step{name: "witness", run: n.openObserver})
 	case id.State == config.StateJoining:
-		steps = append(steps, step{"PostgreSQL", n.describeServer}, step{"joining", n.openObserver})
+		steps = append(steps, step{name: "PostgreSQL", run: n.describeServer}, step{name: "joining", run: n.openObserver})
 	default:
-		steps = append(steps, step{"PostgreSQL", n.openIncarnation})
+		steps = append(steps, step{name: "PostgreSQL", run: n.openIncarnation, waits: "its PostgreSQL"})
 	}
-	steps = append(steps, step{"consensus", n.openConsensus}, step{"gRPC", n.serveGRPC}, step{"recovery", n.accompanyAll})
+	steps = append(steps, step{name: "consensus", run: n.openConsensus, waits: "its log"}, members, step{name: "recovery", run: n.accompanyAll})
 	if !n.cfg.Witness() {
-		steps = append(steps, step{"gateway", n.openGateway})
+		steps = append(steps, step{name: "gateway", run: n.openGateway})
 	}
 	return steps
 }
@@ -191,7 +201,7 @@ func (n *Node) onClose(f func(context.Context) error) { n.opened = append(n.open
 
 func (n *Node) stateChanged(s state) {
 	if a := n.admin.Load(); a != nil && s.reason != "" {
-		a.SetServing(false) // that it serves, observe finds, which knows of the quorum too
+		a.SetServing(false) // that it serves, watch finds, which knows of the quorum too
 	}
 	n.stateEvent(s)
 	if s.name == stateFailed {

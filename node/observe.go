@@ -36,7 +36,7 @@ type seen struct {
 	rates           atomic.Pointer[rates]
 	server          atomic.Pointer[serverHealth] // nil: PostgreSQL is not there
 	disk            atomic.Pointer[disk]
-	ticked          atomic.Int64 // when observe last looked, in nanoseconds since began
+	ticked          atomic.Int64 // when watch last looked, in nanoseconds since began
 
 	mu      sync.Mutex
 	changed chan struct{} // closed when something is to be shown at once
@@ -111,6 +111,8 @@ func (n *Node) openHeartbeats() error {
 	beats, err := heartbeat.New(heartbeat.Config{
 		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Peers: n.others, Health: n.health, Changed: n.heartbeatChanged,
 		Conn:       func(id txn.NodeID) (grpc.ClientConnInterface, error) { return n.peers.Conn(id) },
+		Interval:   n.cfg.Heartbeat.Interval,
+		Timeout:    n.cfg.Heartbeat.Timeout,
 		Registerer: n.metrics,
 	})
 	if err != nil {
@@ -244,8 +246,8 @@ func (n *Node) noteEviction(b apply.Blockade) {
 // observeTick is how often the node looks at itself.
 const observeTick = 250 * time.Millisecond
 
-// observe notices what nobody tells: who leads, whether there is a quorum.
-func (n *Node) observe(ctx context.Context) error {
+// watch notices what nobody tells: who leads, whether there is a quorum.
+func (n *Node) watch(ctx context.Context) error {
 	ticker := time.NewTicker(observeTick)
 	defer ticker.Stop()
 	o := observation{n: n, quorum: true, rated: time.Now()}
@@ -266,7 +268,7 @@ func (n *Node) observe(ctx context.Context) error {
 	}
 }
 
-// stuckAfter is for how long observe may not have looked before the process counts as dead. It takes no lock that work is
+// stuckAfter is for how long watch may not have looked before the process counts as dead. It takes no lock that work is
 // done under, other than for an instant.
 const stuckAfter = 10 * time.Second
 

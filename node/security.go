@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -133,7 +134,8 @@ func (n *Node) newGRPC() (*grpc.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	options := append(append(guard.Options(), clone.ServerOptions()...), grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
+	options := slices.Concat(guard.Options(), n.gate(), clone.ServerOptions())
+	options = append(options, grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: peers.MinPing}))
 	if n.certificates != nil {
 		options = append(options, grpc.Creds(authz.ServerCredentials(n.certificates)))

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,11 +19,11 @@ import (
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pki"
+	consensuspb "github.com/quorate/quorate/proto/quorate/consensus/v1"
 	"github.com/quorate/quorate/replication/clone"
 )
 
-// openAdmin opens the gRPC server, which other members' proposals come to as well. Its services are registered when
-// they exist, and it serves once consensus is open.
+// openAdmin opens the gRPC server, which other members' proposals come to as well.
 func (n *Node) openAdmin(context.Context) (err error) {
 	if n.grpc, err = n.newGRPC(); err != nil {
 		return err
@@ -32,20 +33,22 @@ func (n *Node) openAdmin(context.Context) (err error) {
 	config := admin.Config{
 		Cluster: n.cfg.Cluster, ClusterID: n.identity.get().ClusterID, Node: n.cfg.Node, Version: n.version, Members: n.members, Peers: n.peers, Source: n, Membership: n,
 	}
-	api, observe := admin.New(config), admin.NewObserve(config, n)
-	n.onClose(func(context.Context) error { api.Close(); observe.Close(); return nil })
-	observe.Register(n.grpc)
+	api := admin.New(config)
+	n.observe = admin.NewObserve(config, n)
+	n.onClose(func(context.Context) error { api.Close(); n.observe.Close(); return nil })
+	n.observe.Register(n.grpc)
 	if err := n.openHeartbeats(); err != nil {
 		return err
 	}
 	api.Register(n.grpc)
 	admin.RegisterTokens(n.grpc, n)
 	n.openDonor()
+	consensuspb.RegisterConsensusServer(n.grpc, link{n: n})
 	n.admin.Store(api)
 	return nil
 }
 
-// serveGRPC listens. The server stops before what it serves is closed.
+// serveGRPC listens.
 func (n *Node) serveGRPC(ctx context.Context) error {
 	if missing := methods.Missing(n.grpc); len(missing) > 0 {
 		return fmt.Errorf("no role is given for %v", missing)
@@ -56,7 +59,6 @@ func (n *Node) serveGRPC(ctx context.Context) error {
 	}
 	n.onClose(func(context.Context) error { n.grpc.Stop(); return nil })
 	n.run("gRPC", func(context.Context) error { return n.grpc.Serve(listener) })
-	n.alongside(n.seen.beats.Run)
 	return nil
 }
 
@@ -85,7 +87,7 @@ func (n *Node) status() admin.Status {
 	}
 	c := n.consensus.Load()
 	if c == nil {
-		s.LogFailure = n.identity.get().LogLost
+		s.LogFailure = cmp.Or(n.identity.get().LogLost, now.reason)
 		return s
 	}
 	if s.Writes && n.access() != gateway.ReadWrite {
@@ -154,7 +156,7 @@ func (n *Node) openHTTP(ctx context.Context) error {
 		<-n.ctx.Done()
 		return nil
 	})
-	n.alongside(n.observe) // that it looks is what being alive means
+	n.alongside(n.watch) // that it looks is what being alive means
 	return nil
 }
 

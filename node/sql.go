@@ -3,10 +3,13 @@ package node
 import (
 	"context"
 	"encoding/json"
-	"strconv"
+	"fmt"
 	"time"
 
+	"google.golang.org/grpc/status"
+
 	"github.com/quorate/quorate/events"
+	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/logkey"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
@@ -17,21 +20,29 @@ type row map[string]any
 // sqlRows bounds a view that is a list.
 const sqlRows = 200
 
-// sqlTimeout bounds how long a statement that reads quorate.conflicts waits for the catalog. What is not known by then is
-// left open.
-const sqlTimeout = time.Second
+// sqlTimeout bounds how long a statement waits for what the other members and the catalog have to say.
+const sqlTimeout = 3 * time.Second
 
-// sqlView returns the rows of a view: in full, and as everybody may see them.
-func (n *Node) sqlView(name string) (full, public string) {
-	rows, secret := n.sqlRows(name)
-	full = n.encodeRows(rows)
+// sqlView returns the content of a view.
+func (n *Node) sqlView(ctx context.Context, name string) gateway.Rows {
+	ctx, cancel := context.WithTimeout(ctx, sqlTimeout)
+	defer cancel()
+	rows, secret, silent, err := n.sqlRows(ctx, name)
+	var missing []string
+	for _, u := range silent {
+		missing = append(missing, fmt.Sprintf("node %d does not answer: %s", u.Node, u.Reason))
+	}
+	if err != nil {
+		missing = append(missing, status.Convert(err).Message())
+	}
+	full := n.encodeRows(rows)
 	if secret == "" {
-		return full, full
+		return gateway.Rows{Full: full, Public: full, Missing: missing}
 	}
 	for _, r := range rows {
 		r[secret] = nil
 	}
-	return full, n.encodeRows(rows)
+	return gateway.Rows{Full: full, Public: n.encodeRows(rows), Missing: missing}
 }
 
 func (n *Node) encodeRows(rows []row) string {
@@ -50,40 +61,43 @@ func (n *Node) encodeRows(rows []row) string {
 	return string(text)
 }
 
-// sqlRows returns the rows of a view, and the column, if there is one, that is not for everybody.
-func (n *Node) sqlRows(name string) (rows []row, secret string) {
+// sqlRows returns the rows of a view, the column, if there is one, that is not for everybody, and whose rows are missing.
+func (n *Node) sqlRows(ctx context.Context, name string) (rows []row, secret string, silent []*pb.Unreachable, err error) {
 	switch name {
 	case "nodes":
-		return nodeRows(n.View()), ""
+		return nodeRows(n.View()), "", nil, nil
 	case "heartbeats":
-		return heartbeatRows(n.View()), ""
+		return heartbeatRows(n.View()), "", nil, nil
 	case "status":
-		return statusRows(n.View()), ""
+		return statusRows(n.View()), "", nil, nil
 	case "transactions":
-		for _, t := range n.InFlight(sqlRows) {
+		r, err := n.observe.Transactions(ctx, &pb.TransactionsRequest{Limit: sqlRows})
+		for _, t := range r.GetTransactions() {
 			rows = append(rows, row{
 				"gid": t.Gid, "node": t.Node, "stage": t.Stage, "age_seconds": t.AgeSeconds, "csn": known(t.Csn), "pid": known(uint64(t.Pid)),
 			})
 		}
+		return rows[:min(len(rows), sqlRows)], "", r.GetUnreachable(), err
 	case "conflicts":
-		ctx, cancel := context.WithTimeout(n.ctx, sqlTimeout)
-		defer cancel()
-		for _, c := range n.Conflicts(ctx, sqlRows) {
+		r, err := n.observe.Conflicts(ctx, &pb.ConflictsRequest{Limit: sqlRows})
+		for _, c := range r.GetConflicts() {
 			rows = append(rows, row{
 				"at": time.UnixMilli(c.TimeMs), "kind": c.Kind, "gid": named(c.Gid), "node": c.Node, "winner_csn": c.WinnerCsn, "winner_gid": named(c.WinnerGid),
 				"winner_node": known(uint64(c.WinnerNode)), "table": named(c.Table), "key": named(c.Key), "mode": named(c.Mode),
 			})
 		}
-		return rows, "key" // it has values of rows, which not everybody may be allowed to read
+		return rows, "key", r.GetUnreachable(), err // it has values of rows, which not everybody may be allowed to read
 	case "events":
-		for _, e := range n.Happened(&pb.EventsRequest{Limit: sqlRows}) {
+		r, err := n.observe.Events(ctx, &pb.EventsRequest{Limit: sqlRows})
+		for _, e := range r.GetEvents() {
 			rows = append(rows, row{
 				"at": time.UnixMilli(e.TimeMs), "node": e.Node, "number": e.Number, "severity": events.Severity(e.Severity).String(), "kind": e.Kind,
 				"about": e.About, "text": e.Text, "fields": e.Fields,
 			})
 		}
+		return rows, "", r.GetUnreachable(), err
 	}
-	return rows, ""
+	return nil, "", nil, nil
 }
 
 func nodeRows(v *pb.View) (rows []row) {
@@ -142,11 +156,4 @@ func named(s string) any {
 		return nil
 	}
 	return s
-}
-
-// sqlSettings are what every session begins with, to SHOW.
-func (n *Node) sqlSettings() map[string]string {
-	return map[string]string{
-		"quorate.cluster": n.cfg.Cluster, "quorate.node": strconv.FormatUint(uint64(n.cfg.Node), 10), "quorate.version": n.version,
-	}
 }

@@ -11,7 +11,13 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
+	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
 // TestAliveWhilePostgreSQLStarts: after a crash PostgreSQL may have minutes of WAL to replay. A supervisor that asks for
@@ -74,6 +80,33 @@ func TestAliveWhilePostgreSQLStarts(t *testing.T) {
 				t.Errorf("%s: %s, want %d", path, resp.Status, want)
 			}
 			resp.Body.Close()
+		}
+	}
+	conn, err := grpc.NewClient("passthrough:///"+cfg.Listen.GRPC, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	const waits = "the node is starting: it waits for its PostgreSQL"
+	if resp, err := pb.NewClusterClient(conn).Status(ctx, &pb.StatusRequest{}); err != nil || len(resp.Members) != 1 || resp.Members[0].State != stateStarting || resp.Members[0].Reason != waits ||
+		resp.Members[0].LogFailure == "" { // others must not count on its vote
+		t.Errorf("status: %+v, %v", resp, err)
+	}
+	if watch, err := pb.NewObserveClient(conn).Watch(ctx, &pb.WatchRequest{}); err != nil {
+		t.Error(err)
+	} else if v, err := watch.Recv(); err != nil || len(v.Nodes) != 1 || v.Nodes[0].Health.GetReason() != waits {
+		t.Errorf("watch: %+v, %v", v, err)
+	}
+	if resp, err := pb.NewObserveClient(conn).Events(ctx, &pb.EventsRequest{}); err != nil || len(resp.Events) != 1 || resp.Events[0].Kind != eventStarted {
+		t.Errorf("events: %+v, %v", resp, err)
+	}
+	for method, err := range map[string]error{
+		"Drain":  conn.Invoke(ctx, pb.Membership_Drain_FullMethodName, &pb.DrainRequest{Node: 1}, &pb.DrainResponse{}),
+		"Verify": conn.Invoke(ctx, pb.Cluster_Verify_FullMethodName, &pb.VerifyRequest{}, &pb.VerifyResponse{}),
+		"Recall": conn.Invoke(ctx, pb.Heartbeat_Recall_FullMethodName, &pb.RecallRequest{ClusterId: id.ClusterID[:], Node: 1}, &pb.RecallResponse{}),
+	} {
+		if s := status.Convert(err); s.Code() != codes.Unavailable || s.Message() != waits {
+			t.Errorf("%s: %v", method, err)
 		}
 	}
 	if err := open.Close(); err != nil {

@@ -90,19 +90,22 @@
     heard: 0, // of this page's clock
     connected: false,
     refusal: "", // why the node does not serve this page
-    verdict: null, cluster: null, nodes: [], links: [], transactions: [],
+    verdict: null, cluster: null, nodes: [], links: [], transactions: [], silent: [],
     stages: [], // of a commit, in the order in which they are passed
     samples: [], conflicts: [], events: [],
   };
   const changed = new Set();
-  const all = ["verdict", "cluster", "nodes", "links", "transactions", "samples", "conflicts", "events"];
+  const all = ["verdict", "cluster", "nodes", "links", "transactions", "silent", "samples", "conflicts", "events"];
 
-  // append adds to a list. What has come before is replaced: more has become known of it.
+  // append adds to a list. What has come before is replaced: more has become known of it. What a node that was away tells of
+  // belongs between what others have told.
   const append = (list, more, limit) => {
     for (const one of more) {
-      const at = known(one.sequence) ? list.findLastIndex((old) => old.sequence === one.sequence) : -1;
+      if (known(one.id)) one.time = Date.parse(one.at);
+      const at = known(one.id) ? list.findLastIndex((old) => old.id === one.id) : -1;
       if (at < 0) list.push(one); else list[at] = one;
     }
+    if (known(list[0]?.time)) list.sort((a, b) => a.time - b.time);
     if (list.length > limit) list.splice(0, list.length - limit);
   };
 
@@ -119,7 +122,7 @@
     state.connected = true;
     state.refusal = "";
     if (update.stages !== undefined) { state.stages = update.stages; changed.add("samples"); }
-    for (const part of ["verdict", "cluster", "nodes", "links", "transactions"]) {
+    for (const part of ["verdict", "cluster", "nodes", "links", "transactions", "silent"]) {
       if (update[part] !== undefined) { state[part] = update[part]; changed.add(part); }
     }
     for (const [part, limit] of [["samples", SAMPLES], ["conflicts", CONFLICTS], ["events", EVENTS]]) {
@@ -242,6 +245,9 @@
       kind = "stale";
       says = `Stale: no news from node ${c.node} for ${Math.floor(silent())} s. This is how it was at ${clock(state.at)}.` +
         (state.connected ? "" : state.refusal ? ` It does not serve the page: ${state.refusal}. It is asked again.` : " Reconnecting…");
+    } else if (v.level === "no-quorum" && c.quorum) {
+      kind = "bad";
+      says = `Node ${c.node} is cut off from the majority: commits wait here.`;
     } else if (v.level === "no-quorum") {
       kind = "bad";
       says = `Node ${c.node} has no quorum: ${{ "read-only": "clients can read here, not write", none: "clients are refused here" }[c.access] ?? "clients cannot commit here"}.`;
@@ -332,7 +338,7 @@
     fact("Log committed up to", whole(c.commitIndex));
     fact("Last transaction", whole(c.csn));
     fact(`Clients of node ${c.node}`, { "read-write": "read and write", "read-only": "read only", none: "refused" }[c.access] ?? c.access);
-    text($("footer"), `Node ${c.node} of ${c.name}, Quorate ${c.version}. Everything here is as this node knows it; the other nodes have a page of their own.`);
+    text($("footer"), `Node ${c.node} of ${c.name}, Quorate ${c.version}. Transactions, conflicts and events are of all nodes; everything else is as this node knows it. The others have a page of their own.`);
   };
 
   // Cards. Each knows the places of its values.
@@ -417,8 +423,6 @@
     });
   };
 
-  // A heartbeat that is older than this is late, though not yet lost.
-  const LATE = 700;
   const drawLinks = () => {
     const ids = state.nodes.map((n) => n.id);
     const by = new Map(state.links.map((l) => [l.to + " " + l.from, l]));
@@ -435,7 +439,7 @@
         else if (!l || !l.known) { kind = "unknown"; says = "?"; }
         else if (l.lost) { kind = "lost"; says = known(l.age) ? `✕ ${span(l.age)}` : "✕ never"; }
         else {
-          if (l.age > LATE) kind = "late";
+          if (l.age > state.cluster?.late) kind = "late";
           says = (kind === "late" ? "▲ " : "") + span(l.age);
           also = [known(l.rtt) ? "rtt " + span(l.rtt) : "", l.loss >= 0.005 ? `${Math.round(l.loss * 100)} % lost` : ""].filter(Boolean).join(", ");
         }
@@ -461,12 +465,23 @@
     const list = state.transactions;
     text($("transactions-count"), list.length ? String(list.length) : "");
     $("transactions-empty").hidden = list.length > 0;
-    rows($("transaction-rows"), list, () => el("tr", {}, el("td", { class: "mono" }), el("td", {}, el("span"), el("span", { class: "doubt" })), el("td", { class: "number" })), (tr, t) => {
+    rows($("transaction-rows"), list, () => el("tr", {}, el("td", { class: "mono" }), el("td"), el("td", {}, el("span"), el("span", { class: "doubt" })), el("td", { class: "number" })), (tr, t) => {
       text(tr.children[0], t.gid);
-      text(tr.children[1].children[0], t.stage);
-      text(tr.children[1].children[1], t.doubt ? " ! in doubt" : "");
-      text(tr.children[2], span(t.age));
+      text(tr.children[1], `node ${t.node}`);
+      text(tr.children[2].children[0], t.stage);
+      text(tr.children[2].children[1], t.doubt ? " ! in doubt" : "");
+      text(tr.children[3], span(t.age));
     });
+  };
+
+  // What is missing in the lists of all nodes.
+  const drawSilent = () => {
+    const who = state.silent.map((s) => `node ${s.node}`).join(" and ");
+    for (const p of document.querySelectorAll(".silent")) {
+      p.hidden = who === "";
+      text(p, who && `Without ${who}, which ${state.silent.length > 1 ? "do" : "does"} not answer.`);
+      attr(p, "title", state.silent.map((s) => `node ${s.node}: ${s.reason}`).join("\n") || null);
+    }
   };
 
   const drawConflicts = () => {
@@ -482,11 +497,20 @@
     });
   };
 
+  const SAME = 2000;
   const signs = { info: ["calm", "·", ""], warning: ["warn", "!", "warning: "], error: ["bad", "✕", "error: "] };
   const drawEvents = () => {
-    const list = state.events.toReversed();
     const grave = $("grave").checked;
-    const shown = list.filter((e) => !grave || e.severity !== "info");
+    const shown = [];
+    for (const e of state.events.toReversed()) {
+      if (grave && e.severity === "info") continue;
+      // What several nodes have noted at about the same time is told once.
+      let i = shown.length - 1;
+      while (i >= 0 && shown[i].time - e.time < SAME && shown[i].text !== e.text) i--;
+      const same = i >= 0 && shown[i].time - e.time < SAME ? shown[i] : null;
+      if (same && !same.by.includes(e.node)) same.by.push(e.node);
+      else shown.push({ ...e, by: [e.node] });
+    }
     $("events-empty").hidden = shown.length > 0;
     rows($("event-list"), shown, () => el("li", {}, el("time"), el("span", { class: "sign", "aria-hidden": "true" }), el("span", { class: "who" }),
       el("span", { class: "what" }, el("span", { class: "hidden" }), el("span"))), (li, e) => {
@@ -496,7 +520,7 @@
       attr(li.children[0], "datetime", e.at);
       attr(li.children[0], "title", new Date(e.at).toLocaleString("en-GB"));
       text(li.children[1], sign);
-      text(li.children[2], e.node ? `node ${e.node}` : "");
+      text(li.children[2], (e.by.length > 1 ? "nodes " : "node ") + e.by.sort((a, b) => a - b).join(", "));
       text(li.children[3].children[0], word);
       text(li.children[3].children[1], e.text);
       attr(li, "title", e.kind);
@@ -745,8 +769,9 @@
     [["cluster", "nodes"], drawVoters],
     [["cluster", "samples"], () => state.cluster && drawFacts()],
     [["nodes", "cluster"], drawNodes],
-    [["links", "nodes"], drawLinks],
+    [["links", "nodes", "cluster"], drawLinks],
     [["transactions"], drawTransactions],
+    [["silent"], drawSilent],
     [["conflicts"], drawConflicts],
     [["events"], drawEvents],
     [["samples"], drawCharts],

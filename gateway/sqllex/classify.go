@@ -149,6 +149,8 @@ func (p *parser) setting(st *Statement) {
 		}
 	case p.named(i, "session_replication_role") && !reset:
 		st.Refusal = ReplicationRole
+	case !reset && (p.named(i, "quorate") && p.char(i+1, '.') || i < min(p.n, headTokens) && p.head[i].kind == tokQuoted && ownSetting(p.quotedName(p.head[i]))):
+		st.Refusal = OwnSetting
 	case (p.named(i, "default_transaction_isolation") || p.named(i, "transaction_isolation")) && serializable:
 		st.Refusal = Serializable
 	}

@@ -122,8 +122,10 @@ func TestRefusals(t *testing.T) {
 		CatalogLock:       {"LOCK pg_class", "LOCK TABLE ONLY pg_catalog.pg_proc IN SHARE MODE"},
 		ReplicationRole:   {"SET session_replication_role = replica", `SET SESSION "session_replication_role" TO 'local'`, "SELECT pg_catalog.set_config('session_replication_role', 'replica', false)"},
 		ExplainedCreation: {"EXPLAIN ANALYZE CREATE TABLE x AS SELECT 1", "explain (analyse, verbose) select * into x from y", "EXPLAIN ANALYZE VERBOSE CREATE MATERIALIZED VIEW x AS SELECT 1"},
-		NotRefused:        {"EXPLAIN CREATE TABLE x AS SELECT 1", "EXPLAIN ANALYZE INSERT INTO x SELECT 'create'", "EXPLAIN ANALYZE MERGE INTO x USING y ON true WHEN MATCHED THEN DELETE"},
-		OwnSchema:         {"DROP SCHEMA quorate CASCADE", "ALTER SCHEMA quorate RENAME TO x", "DROP TABLE quorate.nudge", "CREATE FUNCTION quorate.f() RETURNS int LANGUAGE sql AS ''"},
+		NotRefused:        {"RESET quorate.node", "SET quorated = 1", "SET other.quorate = 1", "EXPLAIN CREATE TABLE x AS SELECT 1", "EXPLAIN ANALYZE INSERT INTO x SELECT 'create'", "EXPLAIN ANALYZE MERGE INTO x USING y ON true WHEN MATCHED THEN DELETE"},
+		OwnSetting: {"SET quorate.node = 8", "SET LOCAL quorate.limits.lag TO DEFAULT", `SET SESSION "quorate" . cluster = 'x'`, `SET "quorate.node" = 8`,
+			"SELECT set_config('Quorate.node', '8', false)"},
+		OwnSchema: {"DROP SCHEMA quorate CASCADE", "ALTER SCHEMA quorate RENAME TO x", "DROP TABLE quorate.nudge", "CREATE FUNCTION quorate.f() RETURNS int LANGUAGE sql AS ''"},
 	} {
 		for _, sql := range list {
 			got := Split([]byte(sql), Options{}, nil)

@@ -42,6 +42,7 @@ const (
 	ReplicationRole
 	OwnSchema
 	ExplainedCreation
+	OwnSetting
 )
 
 // ReadOnlyWish is what a statement of kind SetReadOnly asks for.
@@ -477,11 +478,19 @@ func (p *parser) char(i int, c byte) bool {
 	return i < p.n && i < headTokens && p.head[i].kind == tokOther && p.head[i].char == c
 }
 
+// ownSetting reports whether a setting is one of the node's own, which tell clients about it.
+func ownSetting(name []byte) bool {
+	const prefix = "quorate."
+	return len(name) > len(prefix) && equalFold(name[:len(prefix)], prefix)
+}
+
 func (p *parser) setConfigRefusal(s setConfig) Refusal {
 	name := p.unquote(s.name)
 	switch {
 	case equalFold(name, "session_replication_role"):
 		return ReplicationRole
+	case ownSetting(name):
+		return OwnSetting
 	case (equalFold(name, "default_transaction_isolation") || equalFold(name, "transaction_isolation")) &&
 		s.value.kind == tokString && equalFold(p.unquote(s.value), "serializable"):
 		return Serializable

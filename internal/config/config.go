@@ -51,6 +51,7 @@ type Config struct {
 	// MaxStaleness is how long after it last heard from a majority a node still answers reads. Then sessions end with
 	// 57P03, and new ones are refused, until it has heard again and applied what was committed then. Default 10s, at least 1s. Up to about 3s, and a change of leader ends sessions.
 	MaxStaleness time.Duration `yaml:"max_staleness,omitempty"`
+	Heartbeat    Heartbeat     `yaml:"heartbeat,omitempty"`
 	Log          Log           `yaml:"log,omitempty"`
 	// Tracing is off unless it has an endpoint.
 	Tracing Tracing `yaml:"tracing,omitempty"`

@@ -140,6 +140,9 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\nlimits: {message: 1KiB}", `limits.message: "1KiB": must be from 64KiB to 1GiB`},
 		{"node: 1", "node: 1\nlimits: {lag: 5}", `limits.lag: "5": must be from 16 to`},
 		{"node: 1", "node: 1\nlimits: {lag_patience: 5ms}", `limits.lag_patience: "5ms": must be from 1s to 1h`},
+		{"node: 1", "node: 1\nheartbeat: {interval: 10ms}", `heartbeat.interval: "10ms": must be from 50ms to 5s`},
+		{"node: 1", "node: 1\nheartbeat: {interval: 500ms, timeout: 1s}", `heartbeat.timeout: "1s": must be from 1.5s, three times heartbeat.interval, to 1m`},
+		{"node: 1", "node: 1\nheartbeat: {timeout: 2m}", `heartbeat.timeout: "2m0s": must be from 750ms`},
 		{"node: 1", "node: 1\ntracing: {sample: 2}", `tracing.sample: "2": must be from 0.0001 to 1`},
 		{"node: 1", "node: 1\ntracing: {endpoint: \"collector:4318\"}", `tracing.endpoint: "collector:4318": must be a URL`},
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},
@@ -170,6 +173,20 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		var wrong *Error
 		if !errors.As(err, &wrong) || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s: error\n%v\ndoes not say\n%s", tc.to, err, tc.want)
+		}
+	}
+}
+
+// A longer interval needs nothing else.
+func TestHeartbeat(t *testing.T) {
+	for text, want := range map[string]Heartbeat{
+		"":                             {250 * time.Millisecond, time.Second},
+		"heartbeat: {interval: 100ms}": {100 * time.Millisecond, time.Second},
+		"heartbeat: {interval: 2s}":    {2 * time.Second, 8 * time.Second},
+		"heartbeat: {timeout: 3s}":     {250 * time.Millisecond, 3 * time.Second},
+	} {
+		if c, err := Parse([]byte(minimal+text), "/d"); err != nil || c.Heartbeat != want {
+			t.Errorf("%q: %+v, %v; want %+v", text, c.Heartbeat, err, want)
 		}
 	}
 }

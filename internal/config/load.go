@@ -134,6 +134,7 @@ func (c *Config) complete(dir string) {
 	orDefault(&c.CommitTimeout, defaultCommitTimeout)
 	text(&c.ReadsWithoutQuorum, ReadsAllowed)
 	orDefault(&c.MaxStaleness, defaultMaxStaleness)
+	c.Heartbeat.complete()
 	orDefault(&c.Tracing.Sample, defaultSample)
 	text(&c.Log.Level, "info")
 	text(&c.Log.Format, "text")

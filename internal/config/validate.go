@@ -167,6 +167,7 @@ func (c Config) Validate() error {
 	if c.MaxStaleness < time.Second || c.MaxStaleness > 24*time.Hour {
 		v.add("max_staleness", c.MaxStaleness.String(), "must be from 1s to 24h")
 	}
+	c.Heartbeat.validate(v)
 	c.Tracing.validate(v)
 	v.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	v.oneOf("log.format", c.Log.Format, "text", "json")

@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/quorate/quorate/test/cluster"
 )
 
@@ -159,7 +162,7 @@ func TestConflictsAndTransactions(t *testing.T) {
 		}
 		return nil
 	})
-	if got := psql(t, ctx, c.Gateway(1), `SELECT "table", key, winner_node FROM quorate.conflicts WHERE kind = 'eviction' ORDER BY at DESC LIMIT 1`); got != "public.account|(id)=(9)|3" {
+	if got := psql(t, ctx, c.Gateway(2), `SELECT "table", key, winner_node FROM quorate.conflicts WHERE kind = 'eviction' ORDER BY at DESC LIMIT 1`); got != "public.account|(id)=(9)|3" {
 		t.Errorf("SQL says of the eviction: %s", got)
 	}
 
@@ -232,12 +235,33 @@ func TestSQL(t *testing.T) {
 		"SELECT count(*) >= 0 FROM quorate.transactions":                                  "t",
 		"SELECT count(*) >= 0 FROM quorate.conflicts":                                     "t",
 		"SELECT now() - max(refreshed_at) < interval '1 second' FROM quorate.nodes":       "t",
-		"SHOW quorate.node": "2",
+		"SHOW quorate.node":                                                                    "2",
+		"SHOW quorate.heartbeat.interval":                                                      "250ms",
+		"SHOW quorate.reads_without_quorum":                                                    "allow",
+		"SELECT count(DISTINCT node) FROM quorate.events":                                      "3",
 		"SELECT n.node FROM quorate.nodes n JOIN quorate.status s USING (node)":                "2",
 		"WITH lag AS (SELECT max(lag) AS most FROM quorate.nodes) SELECT most < 1000 FROM lag": "t",
 	} {
 		if got := psql(t, ctx, c.Gateway(2), query); got != want {
 			t.Errorf("%s: %q, want %q", query, got, want)
+		}
+	}
+	// Drivers that prepare get the same.
+	conn, err := c.Connect(ctx, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	for query, want := range map[string]string{
+		"SHOW quorate.commit_timeout":                                        "10s",
+		"SELECT current_setting('quorate.max_staleness')::interval::text":    "00:00:10",
+		"SELECT pg_size_bytes(current_setting('quorate.limits.log'))::text":  "536870912",
+		"SELECT string_agg(DISTINCT node::text, ' ') FROM quorate.events":    "1 2 3",
+		"SELECT current_setting('quorate.node') FROM quorate.status LIMIT 1": "2",
+	} {
+		var got string
+		if err := conn.QueryRow(ctx, query).Scan(&got); err != nil || got != want {
+			t.Errorf("%s: %q, %v, want %q", query, got, err, want)
 		}
 	}
 	// Nothing of it is replicated, or written at all: looking moves nothing.
@@ -301,6 +325,31 @@ func TestLosses(t *testing.T) {
 	}
 	if status, _, err := get(ctx, "OPTIONS", "http://"+c.HTTP(1)+"/read-write"); status != 200 || err != nil {
 		t.Errorf("the majority takes no writes: %d, %v", status, err)
+	}
+
+	// What it has to tell is missing, and that is said.
+	var warned string
+	config, err := pgx.ParseConfig(cluster.URL(c.Gateway(1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { warned = n.Severity + ": " + n.Message }
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	for _, view := range []string{"events", "transactions", "conflicts"} {
+		var others int
+		if err := conn.QueryRow(ctx, "SELECT count(*) FROM quorate."+view+" WHERE node < 3").Scan(&others); err != nil || view == "events" && others == 0 {
+			t.Errorf("quorate.%s: %d, %v", view, others, err)
+		}
+		if want := "WARNING: quorate." + view + " is not complete: node 3 does not answer"; !strings.HasPrefix(warned, want) {
+			t.Errorf("warned of %q, want %q", warned, want)
+		}
+	}
+	if code, out, errs := quorate(t, ctx, c, 1, "conflicts"); code != 0 || !strings.Contains(out+errs, "node 3") {
+		t.Errorf("conflicts without a node: %d\n%s%s", code, out, errs)
 	}
 
 	// The next one takes the quorum away.

@@ -163,6 +163,9 @@ func TestPage(t *testing.T) {
 	tab.AwaitText(patience, "#conflict-rows", "public.work (id)=(")
 	tab.AwaitText(patience, "#events", "leads")
 	tab.AwaitText(patience, "#cards", "PostgreSQL 1")
+	// Of node 2 it shows what only node 2 knows: its transactions before they are decided, and its events.
+	tab.Await(patience, "transactions of another node", `Array.from(document.querySelectorAll("#transaction-rows tr")).some((tr) => tr.children[0].innerText.startsWith("2-") && tr.children[1].innerText === "node 2")`)
+	tab.AwaitText(patience, "#events", "node 2 starts")
 
 	t.Log("an operator moves the leadership and drains a node")
 	leader := strings.TrimPrefix(tab.Visible("#facts div:first-child dd"), "node ")
@@ -187,12 +190,18 @@ func TestPage(t *testing.T) {
 	tab.AwaitText(inTime, "#verdict-text", "No node may fail now")
 	tab.AwaitText(inTime, "#links", "Node 1 has not heard node 3")
 	tab.AwaitText(inTime, "#events", "node 3 is not heard any more")
+	// What it had to tell is missing, and that is said.
+	for _, part := range []string{"#events", "#transactions", "#conflicts"} {
+		tab.AwaitText(patience, part, "Without node 3, which does not answer.")
+	}
 
 	t.Log("it comes back")
 	known = knows(ctx, c, 1, "quorate_node_members_heard", 3)
 	check(t, c.StartNode(3))
 	shows(t, tab, known, "#links", "Every node hears every other.")
 	tab.AwaitText(patience, "#verdict", "Healthy")
+	tab.AwaitText(patience, "#events", "node 3 starts after a life that ended without being stopped")
+	tab.Await(patience, "nobody to be missing", `Array.from(document.querySelectorAll(".silent")).every((p) => p.hidden)`)
 
 	t.Log("two nodes stand still: no quorum")
 	known = knows(ctx, c, 1, "quorate_node_quorum", 0)
