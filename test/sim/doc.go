@@ -4,8 +4,8 @@
 // sessions, monitor and recovery, which talk to a fake PostgreSQL over the wire protocol. That server knows rows and
 // their locks, transaction ids and their status, a WAL that a crash takes back to any point after the last flush, and the
 // statements that a node sends. The log is a list; proposals to it are refused, lost, late or doubled, and sometimes
-// nobody leads. What gateway, capture and package node do is imitated in a few lines each, DDL and large transactions are
-// left out, and Raft is not here at all: test/cluster and test/chaos have all of that.
+// nobody leads. A part of the transactions is large: their changes come in parts. What gateway, capture and package node do
+// is imitated in a few lines each, DDL is left out, and Raft is not here at all: test/cluster and test/chaos have all of that.
 //
 // Sidecar, server, both, or the connections between them crash at named steps of a commit and of recovery. Each commit in
 // each database must be what the log has next at that moment; in the end the rows of all nodes must be what the log says,

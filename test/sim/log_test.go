@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,7 +35,11 @@ const (
 )
 
 func (l *orderedLog) propose(ctx context.Context, n *node, data []byte) (txn.LogIndex, error) {
-	l.run.reach(n, "a proposal is sent")
+	what := "a proposal"
+	if entry, err := codec.Decode(data); err == nil && entry.Kind == codec.KindChunk {
+		what = "a part"
+	}
+	l.run.reach(n, what+" is sent")
 	l.run.pause(500*time.Microsecond, "send", n.id)
 	draw, election := l.run.draw(100, "fate", n.id), l.run.draw(100, "election", n.id) < electionPercent
 	absence := time.Duration(l.run.draw(int(300*time.Millisecond), "absence", n.id))
@@ -68,7 +73,7 @@ func (l *orderedLog) propose(ctx context.Context, n *node, data []byte) (txn.Log
 		l.append(n, data)
 	}
 	index := l.append(n, data)
-	l.run.reach(n, "a proposal is in the log")
+	l.run.reach(n, what+" is in the log")
 	l.run.pause(300*time.Microsecond, "answer", n.id)
 	return index, nil
 }
@@ -135,7 +140,8 @@ type reference struct {
 	mu       sync.Mutex
 	attempts map[txn.GID]attempt
 	decided  map[txn.GID]bool // whether it commits
-	order    []txn.GID        // by CSN, from 1
+	parts    map[txn.GID]uint32
+	order    []txn.GID // by CSN, from 1
 	rows     map[string]string
 }
 
@@ -154,6 +160,27 @@ func (f *reference) apply(data []byte) {
 		f.run.fail("decode what was proposed: %v", err)
 		return
 	}
+	switch entry.Kind {
+	case codec.KindChunk:
+		if c := entry.Chunk; c.Part == f.parts[c.GID] {
+			f.parts[c.GID]++
+		} else {
+			f.run.count("parts that come again")
+		}
+	case codec.KindAbort:
+		if _, ok := f.decided[entry.Abort.GID]; !ok {
+			f.decided[entry.Abort.GID] = false
+		}
+		delete(f.parts, entry.Abort.GID)
+	case codec.KindMember: // what its earlier incarnations have left
+		maps.DeleteFunc(f.parts, func(gid txn.GID, _ uint32) bool {
+			left := gid.Node == entry.Member.Node && gid.Incarnation != entry.Member.Incarnation
+			if _, ok := f.decided[gid]; left && !ok {
+				f.run.count("parts of the dead")
+			}
+			return left
+		})
+	}
 	for _, set := range entry.Transactions {
 		if _, ok := f.decided[set.GID]; ok {
 			f.run.count("duplicates")
@@ -163,7 +190,7 @@ func (f *reference) apply(data []byte) {
 			f.run.fail("%s has seen %d, there are %d in the log", set.GID, set.Seen, len(f.order))
 			return
 		}
-		commits := true
+		commits := f.parts[set.GID] == set.Chunks
 		for _, later := range f.order[set.Seen:] {
 			for row := range f.attempts[later].before {
 				if _, both := f.attempts[set.GID].before[row]; both {
@@ -237,3 +264,10 @@ func (f *reference) difference(rows map[string]string) string {
 }
 
 func rowName(n int) string { return "r" + strconv.Itoa(n) }
+
+func rowNames(rows []int) (names []string) {
+	for _, n := range rows {
+		names = append(names, rowName(n))
+	}
+	return names
+}

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -37,6 +38,7 @@ type node struct {
 	snapshot      []byte // of the machine, at snapshotIndex
 	snapshotIndex txn.LogIndex
 	snapshotCSN   txn.CSN
+	snapshotNeeds txn.LogIndex // the log is kept from here on, or from behind the snapshot
 }
 
 // forgotten is the CSN up to which the node's log is truncated.
@@ -211,7 +213,7 @@ func (n *node) begin(ctx context.Context) (*incarnation, error) {
 		}
 	}
 	i.pipeline = apply.New(apply.Config{
-		Connect: i.connect, Evict: i.evict, Start: i.start, Life: i.life, Workers: 3, GroupItems: 4, LocalTimeout: time.Second,
+		Connect: i.connect, Part: i.part, Evict: i.evict, Start: i.start, Life: i.life, Workers: 3, GroupItems: 4, LocalTimeout: time.Second,
 		Logger: logger, Registerer: registry,
 	})
 	i.coord = coord.New(coord.Config{
@@ -229,10 +231,45 @@ func (n *node) begin(ctx context.Context) (*incarnation, error) {
 		}
 	})
 	i.telling.Go(func() { i.follow(index) })
+	i.telling.Go(i.announce)
 	for k := range n.run.options.clients {
 		i.clients.Go(func() { i.client(k) })
 	}
 	return i, nil
+}
+
+// announce says in the log that this incarnation lives, and no earlier one.
+func (i *incarnation) announce() {
+	entry := codec.AppendMember(nil, &codec.Member{Node: i.n.id, Incarnation: i.id})
+	for {
+		i.n.run.pause(2*time.Millisecond, "announce", i.n.id)
+		if _, err := (order{i}).Propose(i.told, entry); err == nil || i.killed() {
+			return
+		}
+		if i.n.run.log.awaitLeader(i.told) != nil {
+			return
+		}
+	}
+}
+
+// part reads a part of a large transaction from the log, as far as that is kept.
+func (i *incarnation) part(index txn.LogIndex) ([]byte, error) {
+	i.n.run.reach(i.n, "a worker reads a part")
+	i.n.mu.Lock()
+	kept := index > i.n.snapshotIndex || i.n.snapshotNeeds > 0 && index >= i.n.snapshotNeeds
+	i.n.mu.Unlock()
+	if !kept {
+		i.n.run.fail("node %d: the log does not have part %d any more", i.n.id, index)
+	}
+	data, err := i.n.run.log.read(i.ctx, index)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := codec.Decode(data)
+	if err != nil {
+		return nil, err
+	}
+	return entry.Chunk.Data, nil
 }
 
 // prepareServer is what package node does before an incarnation begins.
@@ -305,26 +342,29 @@ func (i *incarnation) follow(index txn.LogIndex) {
 			i.n.run.fail("node %d: snapshot: %v", i.n.id, err)
 			return
 		}
-		at, csn := index, i.machine.LastCSN()
+		at, csn, needs := index, i.machine.LastCSN(), s.Needs()
+		if i.n.run.options.shortened {
+			needs = 0
+		}
 		snapshots.Go(func() {
 			var b bytes.Buffer
 			if _, err := s.WriteTo(&b); err != nil {
 				return // the server was lost
 			}
 			i.n.run.reach(i.n, "a snapshot is written")
-			i.n.keep(i, at, csn, b.Bytes())
+			i.n.keep(i, at, csn, needs, b.Bytes())
 		})
 	}
 }
 
-func (n *node) keep(i *incarnation, index txn.LogIndex, csn txn.CSN, snapshot []byte) {
+func (n *node) keep(i *incarnation, index txn.LogIndex, csn txn.CSN, needs txn.LogIndex, snapshot []byte) {
 	if i.killed() {
 		return
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if index > n.snapshotIndex {
-		n.snapshot, n.snapshotIndex, n.snapshotCSN = snapshot, index, csn
+		n.snapshot, n.snapshotIndex, n.snapshotCSN, n.snapshotNeeds = snapshot, index, csn, needs
 		n.run.count("snapshots")
 	}
 }
@@ -342,7 +382,7 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 		if !d.Verdict.Commits() {
 			continue
 		}
-		item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set}
+		item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
 		switch {
 		case held != nil:
 			item.Local = local{held}
@@ -462,12 +502,22 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 	if xid := s.mark(); xid == 0 {
 		t.Lost()
 	} else if s.life == i.life || r.options.anyLife { // capture has checked which life it reads
+		messages := changes(a, rows)
+		parts := new(parts)
+		if rng.IntN(4) == 0 { // a large one
+			for len(messages) > 1 && len(*parts) < 2 {
+				n := 1 + rng.IntN(len(messages)-1)
+				*parts = append(*parts, slices.Concat(messages[:n]...))
+				messages = messages[n:]
+			}
+		}
 		set := writeSet(xid, a, rows)
+		set.Changes, set.Chunks = slices.Concat(messages...), uint32(len(*parts))
 		if r.options.blind {
 			set.Keys = set.Keys[len(set.Keys)-1:] // its mark's
 		}
 		after := time.Duration(rng.IntN(int(500 * time.Microsecond)))
-		i.clients.Go(func() { i.capture(t.Seal(), set, after) })
+		i.clients.Go(func() { i.capture(t.Seal(), set, parts, after) })
 	}
 	end := make(chan struct{})
 	defer close(end)
@@ -537,22 +587,51 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 }
 
 // capture decodes what is in the WAL of this incarnation's life of the server.
-func (i *incarnation) capture(seal txn.Seal, set *txn.WriteSet, after time.Duration) {
+func (i *incarnation) capture(seal txn.Seal, set *txn.WriteSet, earlier *parts, after time.Duration) {
 	time.Sleep(after)
 	if !i.coord.Expecting(seal) || i.ctx.Err() != nil {
 		return
 	}
 	i.n.run.reach(i.n, "the marker is captured")
-	if !i.killed() {
+	switch {
+	case i.killed():
+	case len(*earlier) > 0:
+		i.n.run.count("large")
+		i.coord.Marked(seal.GID, set, earlier, nil)
+	default:
 		i.coord.Marked(seal.GID, set, nil, nil)
 	}
 }
 
-// writeSet makes the pgoutput messages of an attempt.
+// parts are those of a large transaction, but for the last.
+type parts [][]byte
+
+func (p *parts) Next() ([]byte, error) {
+	if len(*p) == 0 {
+		return nil, io.EOF
+	}
+	next := (*p)[0]
+	*p = (*p)[1:]
+	return next, nil
+}
+
+func (*parts) Close() error { return nil }
+
+// writeSet makes what an attempt is certified by.
 func writeSet(xid uint64, a attempt, rows []int) *txn.WriteSet {
 	set := &txn.WriteSet{XID: txn.XID(xid), Rows: uint64(len(rows) + 1)}
+	for _, row := range append(rowNames(rows), a.mark) {
+		h := txn.NewHasher()
+		h.String(row)
+		set.Keys = append(set.Keys, txn.KeyUse{Key: h.Key(), Mode: txn.ModeWrite})
+	}
+	return set
+}
+
+// changes makes the pgoutput messages of an attempt.
+func changes(a attempt, rows []int) (messages [][]byte) {
 	add := func(message []byte) {
-		set.Changes = append(binary.AppendUvarint(set.Changes, uint64(len(message))), message...)
+		messages = append(messages, append(binary.AppendUvarint(nil, uint64(len(message))), message...))
 	}
 	relation := append([]byte("R\x00\x00\x00\x01public\x00t\x00d\x00\x02"), "\x01id\x00\x00\x00\x00\x19\xff\xff\xff\xff"...)
 	add(append(relation, "\x00v\x00\x00\x00\x00\x19\xff\xff\xff\xff"...))
@@ -563,13 +642,10 @@ func writeSet(xid uint64, a attempt, rows []int) *txn.WriteSet {
 			m = append(m, column...)
 		}
 		add(m)
-		h := txn.NewHasher()
-		h.String(row)
-		set.Keys = append(set.Keys, txn.KeyUse{Key: h.Key(), Mode: txn.ModeWrite})
 	}
-	for _, row := range rows {
-		tuple('U', rowName(row), a.value)
+	for _, row := range rowNames(rows) {
+		tuple('U', row, a.value)
 	}
 	tuple('I', a.mark, "")
-	return set
+	return messages
 }

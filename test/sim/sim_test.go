@@ -26,9 +26,9 @@ import (
 
 // points are the steps between which everything may crash. A run reaches each of them many times.
 var points = []string{
-	"COMMIT is held back", "the marker is captured", "a proposal is sent", "a proposal is in the log", "an entry arrives", "the verdict is known",
+	"COMMIT is held back", "the marker is captured", "a part is sent", "a part is in the log", "a proposal is sent", "a proposal is in the log", "an entry arrives", "the verdict is known",
 	"COMMIT is let through", "COMMIT arrives", "COMMIT is done", "the client is answered",
-	"a worker begins", "a worker holds its COMMIT", "a worker's COMMIT arrives", "a worker has committed", "a worker's COMMIT is answered",
+	"a worker begins", "a worker reads a part", "a worker holds its COMMIT", "a worker's COMMIT arrives", "a worker has committed", "a worker's COMMIT is answered",
 	"before a flush", "after a flush", "a snapshot is written",
 	"recovery: connected", "recovery: settled", "recovery: installed", "recovery: progress read",
 }
@@ -71,6 +71,7 @@ type options struct {
 	forgetful bool // recovery applies own transactions from the log without asking what became of them
 	unflushed bool // the log is truncated at what is visible
 	anyLife   bool // capture reads the WAL of a later life of the server
+	shortened bool // the log is truncated at the snapshot, whatever that needs of it
 	separate  bool // the server commits a progress row after the transaction that it belongs to
 }
 
@@ -257,7 +258,7 @@ func simulate(t *testing.T, o options) *run {
 		for i := range o.rows {
 			rows[rowName(i)] = ""
 		}
-		r.reference = &reference{run: r, attempts: map[txn.GID]attempt{}, decided: map[txn.GID]bool{}, rows: map[string]string{}}
+		r.reference = &reference{run: r, attempts: map[txn.GID]attempt{}, decided: map[txn.GID]bool{}, parts: map[txn.GID]uint32{}, rows: map[string]string{}}
 		for row, value := range rows {
 			r.reference.rows[row] = value
 		}
@@ -439,6 +440,7 @@ func TestPlanted(t *testing.T) {
 		"forgetful": {func(o *options) { o.forgetful = true }, "duplicate key"},
 		"separate":  {func(o *options) { o.separate = true }, "duplicate key"},
 		"unflushed": {func(o *options) { o.unflushed = true }, "the log (only after|no longer)"},
+		"shortened": {func(o *options) { o.shortened = true }, "the log does not have part"},
 		"any life":  {func(o *options) { o.anyLife, o.crashPer = true, 60 }, "lost update"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -20,6 +20,7 @@ var kinds = map[string]func(*rand.Rand) plan{
 	"counter":  count,
 	"unique":   takeSeats,
 	"foreign":  family,
+	"bulk":     bulks,
 }
 
 var (
@@ -253,6 +254,52 @@ func family(random *rand.Rand) plan {
 	return p
 }
 
+// A bulk is so many rows of so many bytes that it is sent on in parts wherever transactions above a quarter of a megabyte are.
+const (
+	bulkRows  = 1200
+	bulkBytes = 500
+)
+
+// bulks inserts and deletes many rows at a time, of which all or none must be seen. It looks more often than it writes.
+func bulks(random *rand.Rand) plan {
+	p := plan{isolation: either(random, 2)}
+	switch random.IntN(150) {
+	case 0:
+		p.run = func(ctx context.Context, t *transaction) error {
+			id := t.value()
+			t.did(check.Action{Do: check.Insert, Table: "bulk", Row: id, Key: whole(id)})
+			if _, err := t.q.Exec(ctx, "INSERT INTO w_bulk SELECT $1::bigint, part, repeat('x', $2) FROM generate_series(1, $3::int) part", id, bulkBytes, bulkRows); err != nil {
+				return err
+			}
+			if t.random.IntN(4) == 0 {
+				return errGiveUp
+			}
+			return nil
+		}
+	case 1, 2:
+		p.run = func(ctx context.Context, t *transaction) error {
+			var id int64
+			if err := t.q.QueryRow(ctx, "SELECT id FROM w_bulk ORDER BY id LIMIT 1").Scan(&id); errors.Is(err, pgx.ErrNoRows) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			t.did(check.Action{Do: check.Delete, Table: "bulk", Row: id, Key: whole(id)})
+			tag, err := t.q.Exec(ctx, "DELETE FROM w_bulk WHERE id = $1", id)
+			if err == nil && tag.RowsAffected() == 0 {
+				err = errGiveUp // somebody else was quicker
+			}
+			return err
+		}
+	default:
+		p.run = func(ctx context.Context, t *transaction) error { return t.scanBulks(ctx) }
+	}
+	return p
+}
+
+// whole is the key of a bulk that is there with all of its rows.
+func whole(id int64) string { return fmt.Sprint("bulk ", id) }
+
 // The statements. A write is recorded before it is sent, since it may have happened whatever is heard of it; a read
 // with what it has returned.
 
@@ -340,8 +387,14 @@ func (t *transaction) scanFamily(ctx context.Context) error {
 	return t.scan(ctx, check.Action{Table: "child", Refs: "parent"}, "SELECT id, parent FROM w_child ORDER BY id")
 }
 
-func (t *transaction) scan(ctx context.Context, a check.Action, sql string) error {
-	rows, err := t.q.Query(ctx, sql)
+// scanBulks finds out which bulks there are. One of which there is a part has a key that nobody has inserted.
+func (t *transaction) scanBulks(ctx context.Context) error {
+	return t.scan(ctx, check.Action{Table: "bulk"},
+		"SELECT id, CASE count(*) WHEN $1::bigint THEN 'bulk ' ELSE 'a part of bulk ' END || id FROM w_bulk GROUP BY id ORDER BY id", bulkRows)
+}
+
+func (t *transaction) scan(ctx context.Context, a check.Action, sql string, args ...any) error {
+	rows, err := t.q.Query(ctx, sql, args...)
 	if err != nil {
 		return err
 	}

@@ -99,6 +99,7 @@ var tables = []string{
 	"CREATE TABLE w_seat (id bigint PRIMARY KEY, key text NOT NULL CONSTRAINT w_seat_once UNIQUE)",
 	"CREATE TABLE w_parent (key text PRIMARY KEY, id bigint NOT NULL)",
 	"CREATE TABLE w_child (id bigint PRIMARY KEY, parent text NOT NULL CONSTRAINT w_child_of REFERENCES w_parent)",
+	"CREATE TABLE w_bulk (id bigint, part int, text text NOT NULL, PRIMARY KEY (id, part))",
 }
 
 // Setup makes the tables anew, by way of the first node, and opens the accounts of the bank. Nothing else may run. What
@@ -109,7 +110,7 @@ func (w *Workload) Setup(ctx context.Context) error {
 		return fmt.Errorf("set up workload: %w", err)
 	}
 	defer closeConn(conn)
-	statements := append([]string{"DROP TABLE IF EXISTS w_child, w_parent, w_seat, w_account, w_counter, w_register, w_list"}, tables...)
+	statements := append([]string{"DROP TABLE IF EXISTS w_bulk, w_child, w_parent, w_seat, w_account, w_counter, w_register, w_list"}, tables...)
 	for _, key := range counters {
 		statements = append(statements, fmt.Sprintf("INSERT INTO w_counter VALUES ('%s', 0)", key))
 	}
@@ -197,7 +198,7 @@ func (w *Workload) final(ctx context.Context, node int, url string, written map[
 				return err
 			}
 		}
-		return errors.Join(t.balances(ctx), t.scanSeats(ctx), t.scanFamily(ctx))
+		return errors.Join(t.balances(ctx), t.scanSeats(ctx), t.scanFamily(ctx), t.scanBulks(ctx))
 	})
 	if err != nil {
 		return err

@@ -136,6 +136,8 @@ func TestPlantedFaults(t *testing.T) {
 		{"acknowledged and rolled back", nil, forget, nil, []string{"lost append"}},
 		{"no unique constraint", []string{"unique"}, exec("ALTER TABLE w_seat DROP CONSTRAINT w_seat_once"), nil, []string{"duplicate key"}},
 		{"no foreign key", []string{"foreign"}, exec("ALTER TABLE w_child DROP CONSTRAINT w_child_of"), nil, []string{"orphan"}},
+		{"half of a bulk", []string{"bulk"}, exec(`CREATE FUNCTION half() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN CASE WHEN NEW.part % 2 = 0 THEN NEW END; END $$;
+			CREATE TRIGGER half BEFORE INSERT ON w_bulk FOR EACH ROW EXECUTE FUNCTION half()`), nil, []string{"unwritten value"}},
 		{"two servers that know nothing of each other", []string{"append"}, tablesOn(two), []*pgserver.Server{one, two}, []string{"lost append", "incompatible order"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
