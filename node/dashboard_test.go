@@ -56,6 +56,10 @@ func TestDashboardSaysWhoHears(t *testing.T) {
 	if got, want := shownNode(v, v.Nodes[2]).Reason, "node 1 does not hear it, node 2 does"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	*v.Nodes[1].Hears[1].AgeSeconds = 4
+	if got, want := shownNode(v, v.Nodes[2]).Reason, "node 1 and node 2 do not hear it"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
 	v.Nodes[1].ReportAgeSeconds = nil
 	if got, want := shownNode(v, v.Nodes[2]).Reason, "node 1 does not hear it"; got != want {
 		t.Errorf("got %q, want %q", got, want)

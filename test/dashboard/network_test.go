@@ -18,6 +18,11 @@ import (
 	"github.com/quorate/quorate/test/network"
 )
 
+// certificates are what a browser that looks at a node trusts.
+func certificates(c *cluster.Cluster, node int) []string {
+	return []string{filepath.Join(c.CertDir(), fmt.Sprintf("node%d.crt", node))}
+}
+
 // TestPageOverTLS looks at nodes that are machines of their own, with certificates, as an operator with a token does: a
 // direction that is broken is seen, a node gets its data anew, and leaves.
 func TestPageOverTLS(t *testing.T) {
@@ -51,7 +56,7 @@ func TestPageOverTLS(t *testing.T) {
 		}
 		check(t, errors.Join(c.Stop(), c.Destroy()))
 	})
-	tab := browser.Open(t, browser.Options{Noisy: true, Trusted: []string{filepath.Join(c.CertDir(), "node1.crt")}})
+	tab := browser.Open(t, browser.Options{Noisy: true, Trusted: certificates(c, 1)})
 	tab.Open("https://" + c.HTTP(1) + "/")
 	tab.AwaitText(patience, "#sign-in", "Token")
 	tab.Type("#token", tokens["read"]+kb.Enter)
@@ -88,6 +93,50 @@ func TestPageOverTLS(t *testing.T) {
 		net.Set(2, 3, network.Link{})
 		tab.AwaitText(patience, "#links", "Every node hears every other.")
 		tab.AwaitText(patience, "#verdict", "Healthy")
+	})
+
+	// Node 1 is cut off. Its page says so, and so does the page of a node on the other side.
+	t.Run("Isolated", func(t *testing.T) {
+		if net == nil {
+			t.Skip(network.ErrNotPermitted)
+		}
+		other := browser.Open(t, browser.Options{Noisy: true, Trusted: certificates(c, 2)})
+		other.Open("https://" + c.HTTP(2) + "/")
+		other.AwaitText(patience, "#sign-in", "Token")
+		other.Type("#token", tokens["read"]+kb.Enter)
+		other.AwaitText(patience, "#verdict", "Healthy")
+		isolate := func(link network.Link) {
+			for _, peer := range []int{2, 3} {
+				net.Set(1, peer, link)
+				net.Set(peer, 1, link)
+			}
+		}
+		isolate(network.Link{Cut: true})
+		cut := time.Now()
+		said := func(side string) {
+			t.Helper()
+			took := time.Since(cut)
+			t.Logf("%s says so after %v", side, took.Round(time.Millisecond))
+			if took > inTime {
+				t.Errorf("%s says so after %v, and must within %v", side, took, inTime)
+			}
+		}
+		tab.AwaitText(patience, "#verdict-text", "This node hears 1 of 3 voters, and 2 are needed")
+		tab.AwaitText(patience, "#strip", "Node 1 is cut off from the majority: commits wait here.")
+		said("the node that is cut off")
+		other.AwaitText(patience, "#node-1 ~ .chip", "not reached")
+		said("the other side")
+		other.AwaitText(patience, "#troubles", "node 1 is not reached: node 2 and node 3 do not hear it.")
+		other.AwaitText(patience, "#events", "Without node 1, which does not answer.")
+		tab.AwaitText(patience, "#verdict", "No quorum")
+		tab.AwaitText(patience, "#events", "Without node 2 and node 3, which do not answer.")
+		other.AwaitText(patience, "#verdict-text", "No node may fail now: commits would stop.") // there is a leader, again
+		isolate(network.Link{})
+		for _, page := range []*browser.Tab{tab, other} {
+			page.AwaitText(patience, "#links", "Every node hears every other.")
+			page.AwaitText(patience, "#verdict", "Healthy")
+			page.AwaitText(patience, "#events", "node 1 has lost contact with the majority: it takes no writes")
+		}
 	})
 
 	// confirm takes an action that wants the node's name: nothing else is taken for it.
