@@ -18,9 +18,10 @@ build:
 # Many packages start PostgreSQL servers of their own. More of them at once than processors, and they only wait for
 # each other, until time limits inside the tests are missed. Nothing from Go's cache: tests that build and run the command
 # depend on code that the cache does not know they depend on. The longest comes early, so that nothing waits for it alone,
-# and not first, beside all that has still to be compiled.
+# and not first, beside all that has still to be compiled. The race detector has every program wait for a second before it ends,
+# for races of that time; hundreds of programs are started here, and each is closed in good order first.
 test:
-	$(GO) test -race -count=1 -p 2 -timeout 19m ./consensus ./dashboard ./test/cluster ./...
+	GORACE=atexit_sleep_ms=0 $(GO) test -race -count=1 -p 2 -timeout 19m ./consensus ./dashboard ./test/cluster ./...
 
 demo: build
 	bin/quorate demo

@@ -88,6 +88,7 @@ var (
 		message: "the node's PostgreSQL server has closed the connection"}
 	errTooMany = &sqlError{severity: "FATAL", code: codeTooMany, message: "sorry, too many clients already",
 		hint: "Raise the gateway's limit on connections, or use a connection pool."}
+	errNoUser      = &sqlError{severity: "FATAL", code: codeAuthorization, message: "no user name specified in startup packet"}
 	errReplication = &sqlError{severity: "FATAL", code: codeUnsupported,
 		message: "replication connections are not supported through the gateway",
 		hint:    "Connect to the node's PostgreSQL server itself."}

@@ -95,7 +95,7 @@ func (g *Gateway) fail(client net.Conn, err error) {
 func (g *Gateway) negotiate(conn net.Conn) (client net.Conn, version uint32, body []byte, err error) {
 	client = conn
 	for range 4 { // SSL, GSS, and then the real thing; more is nonsense
-		var header [8]byte
+		var header [4]byte
 		if _, err = io.ReadFull(client, header[:1]); err != nil {
 			return client, 0, nil, fmt.Errorf("read startup packet: %w", err)
 		}
@@ -105,18 +105,18 @@ func (g *Gateway) negotiate(conn net.Conn) (client net.Conn, version uint32, bod
 			}
 			continue
 		}
-		if _, err = io.ReadFull(client, header[1:]); err != nil {
-			return client, 0, nil, fmt.Errorf("read startup packet: %w", err)
+		if err = readStartup(client, header[1:]); err != nil {
+			return client, 0, nil, err
 		}
-		length := binary.BigEndian.Uint32(header[:4])
-		version = binary.BigEndian.Uint32(header[4:])
+		length := binary.BigEndian.Uint32(header[:])
 		if length < 8 || length > maxStartup {
 			return client, 0, nil, &protocolError{fmt.Sprintf("startup packet has invalid length %d", length)}
 		}
-		body = make([]byte, length-8)
-		if _, err = io.ReadFull(client, body); err != nil {
-			return client, 0, nil, fmt.Errorf("read startup packet: %w", err)
+		body = make([]byte, length-4)
+		if err = readStartup(client, body); err != nil {
+			return client, 0, nil, err
 		}
+		version, body = binary.BigEndian.Uint32(body), body[4:]
 		switch version {
 		case versionSSL:
 			if g.cfg.TLS == nil || client != conn {
@@ -134,6 +134,18 @@ func (g *Gateway) negotiate(conn net.Conn) (client net.Conn, version uint32, bod
 		}
 	}
 	return client, 0, nil, &protocolError{"too many requests for encryption"}
+}
+
+// readStartup reads more of a startup packet that has begun. Who has sent a part of one, and says that nothing follows, is told.
+func readStartup(client io.Reader, b []byte) error {
+	_, err := io.ReadFull(client, b)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return &protocolError{"startup packet is incomplete"}
+	}
+	if err != nil {
+		return fmt.Errorf("read startup packet: %w", err)
+	}
+	return nil
 }
 
 // startTLS does the handshake. Nothing of the stream has been read ahead, so bytes that someone in the middle slipped
@@ -277,6 +289,9 @@ func (g *Gateway) rewriteStartup(version uint32, body []byte, from net.Addr) (pa
 	}
 	if len(body) != 1 {
 		return nil, false, &protocolError{"startup packet is not terminated"}
+	}
+	if user == "" {
+		return nil, false, errNoUser
 	}
 	if database == "" {
 		database = user

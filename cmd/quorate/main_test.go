@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
 )
 
@@ -172,6 +174,11 @@ func TestUsage(t *testing.T) {
 			t.Errorf("quorate %s: exit code %d, want %d; says %q, want %q", tc.args, code, tc.code, stderr, tc.want)
 		}
 	}
+	for flag, want := range map[string]string{"dir": "./demo", "nodes": "3", "base-port": "6000", "pg-bin": ""} {
+		if f := demoCommand().Flags().Lookup(flag); f == nil || f.DefValue != want {
+			t.Errorf("demo --%s is %+v by default, not %q", flag, f, want)
+		}
+	}
 	if _, stdout, _ := do(t, "version"); !strings.HasPrefix(stdout, "quorate ") {
 		t.Errorf("version prints %q", stdout)
 	}
@@ -225,6 +232,21 @@ func TestRunRefuses(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 3 {
 		t.Errorf("more was touched than quorate.yaml, identity and events: %v, %v", entries, err)
+	}
+	// A port that somebody else has.
+	name := nodeConfig(t, pgtest.Dir(t, false))
+	c, err := config.Load(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", c.Listen.HTTP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	code, _, stderr = do(t, "run", "--config", name)
+	if want := fmt.Sprintf("listen.http: listen tcp %s: bind: address already in use", c.Listen.HTTP); code != exitFailure || !strings.Contains(stderr, want) {
+		t.Errorf("port in use: exit code %d, says\n%s\nwant %s", code, stderr, want)
 	}
 }
 

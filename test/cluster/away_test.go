@@ -7,8 +7,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-
-	"github.com/quorate/quorate/test/cluster"
 )
 
 // TestAwayForTooLong: when a node comes back, the others' logs do not reach back to where its own ends. It joins anew by
@@ -17,7 +15,7 @@ import (
 func TestAwayForTooLong(t *testing.T) {
 	forStress(t)
 	t.Parallel()
-	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
+	c, ctx := private(t, options(t))
 	configure(t, ctx, c, "limits: {log: 1MiB}")
 	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")
 	_, away := leaderOf(t, ctx, c)

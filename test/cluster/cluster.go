@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -29,6 +30,8 @@ import (
 // Options say which cluster to start. The zero value with a Binary is a cluster of three.
 type Options struct {
 	Binary string // the quorate command, as Build returns it
+	// Asking is the command by which nodes are asked; "" is Binary. One without the race detector starts several times faster.
+	Asking string
 	Nodes  int    // 0 means 3
 	PGBin  string // where postgres and initdb are; "" lets quorate find them
 	// PGBins are the same of each node by itself, for nodes that Prepare or one of its users makes.
@@ -393,7 +396,7 @@ func (c *Cluster) Status(ctx context.Context, i int, args ...string) ([]byte, er
 
 // ask runs a command against node i. What it prints is returned even when it fails.
 func (c *Cluster) ask(ctx context.Context, command string, i int, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, c.options.Binary, append(append([]string{command, "--address", c.GRPC(i)}, c.credentials()...), args...)...)
+	cmd := exec.CommandContext(ctx, cmp.Or(c.options.Asking, c.options.Binary), append(append([]string{command, "--address", c.GRPC(i)}, c.credentials()...), args...)...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

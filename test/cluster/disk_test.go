@@ -21,10 +21,7 @@ func raftLogDiskFull(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	stopNode(t, ctx, c, victim)
 	disk := ownDisk(t, filepath.Join(c.NodeDir(victim), "raft"))
 	check(t, c.RunNode(ctx, victim))
-	eventually(t, ctx, func() error { // others may be elected meanwhile
-		_, err := c.Command(ctx, "transfer-leadership", "--address", c.GRPC(victim), "--to", strconv.Itoa(victim))
-		return err
-	})
+	lead(t, ctx, c, victim)
 	l := startLoad(t, ctx, c)
 	disk.fill(64 << 10)
 	awaitState(t, ctx, c, victim, "failed", "no space left on device")

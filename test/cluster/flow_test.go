@@ -11,7 +11,7 @@ import (
 // active, which ends its clients' sessions, and is active again when it has caught up. Nothing is lost.
 func TestFlowControl(t *testing.T) {
 	t.Parallel()
-	c, ctx := private(t, cluster.Options{Binary: command(t, withRace)})
+	c, ctx := private(t, options(t))
 	configure(t, ctx, c, "limits: {lag: 64, lag_patience: 1s}")
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",

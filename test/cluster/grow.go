@@ -199,6 +199,6 @@ func (c *Cluster) Change(ctx context.Context, command string, i, by int, args ..
 	if err != nil {
 		return "", err
 	}
-	out, err := c.Command(ctx, append([]string{command, fmt.Sprint(id), "--address", c.GRPC(by)}, args...)...)
-	return strings.TrimSpace(out), err
+	out, err := c.ask(ctx, command, by, append([]string{fmt.Sprint(id)}, args...)...)
+	return strings.TrimSpace(string(out)), err
 }

@@ -33,12 +33,10 @@ func checkPgbench(t *testing.T, ctx context.Context, c *cluster.Cluster, acknowl
 	everywhere(t, ctx, c, true, `SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT coalesce(sum(delta), 0) FROM pgbench_history)`)
 }
 
-// TestPgbench runs pgbench's three scripts in its three protocols, on all nodes at once.
-func TestPgbench(t *testing.T) {
-	c, _ := shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*testTimeout) // loading the tables is most of it
-	defer cancel()
-	initPgbench(t, ctx, c, 1)
+// everyScript runs pgbench's three scripts in its three protocols, on all nodes at once. It returns how many transactions have
+// left a row of history.
+func everyScript(t *testing.T, ctx context.Context, c *cluster.Cluster) int64 {
+	t.Helper()
 	var acknowledged atomic.Int64
 	for _, script := range []string{"tpcb-like", "simple-update", "select-only"} {
 		var group sync.WaitGroup
@@ -46,14 +44,14 @@ func TestPgbench(t *testing.T) {
 			node := n%c.Nodes + 1
 			group.Go(func() {
 				r, err := cluster.Pgbench{
-					Address: c.Gateway(node), Args: []string{"-b", script, "-M", protocol},
-					Clients: 2, Duration: 2 * time.Second, MaxTries: 10_000,
+					Address: c.Gateway(node), Args: []string{"-b", script, "-M", protocol, "-t", "20"},
+					Clients: 2, MaxTries: 10_000,
 				}.Run(ctx)
 				if err != nil {
 					t.Errorf("%s, %s, node %d: %v", script, protocol, node, err)
 					return
 				}
-				if r.Transactions == 0 || r.Failed > 0 {
+				if r.Transactions != 40 || r.Failed > 0 {
 					t.Errorf("%s, %s, node %d: %d transactions, %d failed", script, protocol, node, r.Transactions, r.Failed)
 				}
 				t.Logf("%-13s %-8s node %d: %5.0f tps, %d retries", script, protocol, node, r.TPS, r.Retries)
@@ -64,7 +62,7 @@ func TestPgbench(t *testing.T) {
 		}
 		group.Wait()
 	}
-	checkPgbench(t, ctx, c, acknowledged.Load())
+	return acknowledged.Load()
 }
 
 // forStress skips a test that takes too long for every run, unless "make stress" runs it.
@@ -90,8 +88,9 @@ type stress struct {
 	twice  error         // a seat that was acknowledged a second time
 }
 
+// TestStress runs pgbench's own transactions, and then many kinds at once.
 func TestStress(t *testing.T) {
-	duration, scale := 10*time.Second, 2
+	duration, scale := 5*time.Second, 1 // loading the tables takes most of the time
 	if text := os.Getenv(stressVariable); text != "" {
 		var err error
 		if duration, err = time.ParseDuration(text); err != nil {
@@ -103,6 +102,7 @@ func TestStress(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), duration+5*testTimeout)
 	defer cancel()
 	initPgbench(t, ctx, c, scale)
+	before := everyScript(t, ctx, c)
 	create(t, ctx, c,
 		"DROP TABLE IF EXISTS s_hot, s_upsert, s_claim, s_local, s_child, s_parent",
 		"CREATE TABLE s_hot (id int PRIMARY KEY, n bigint NOT NULL)", "INSERT INTO s_hot VALUES (1, 0)",
@@ -168,7 +168,7 @@ func TestStress(t *testing.T) {
 	d := &s.done
 	t.Logf("in %v: pgbench %d, hot row %d, upserts %d, seats %d, local objects %d, family %d, definitions %d", duration,
 		d.pgbench.Load(), d.hot.Load(), d.upserts.Load(), d.claims.Load(), d.local.Load(), d.family.Load(), d.definitions.Load())
-	checkPgbench(t, ctx, c, d.pgbench.Load())
+	checkPgbench(t, ctx, c, before+d.pgbench.Load())
 	everywhere(t, ctx, c, d.hot.Load(), "SELECT n FROM s_hot")
 	everywhere(t, ctx, c, d.upserts.Load(), "SELECT coalesce(sum(n), 0)::bigint FROM s_upsert")
 	everywhere(t, ctx, c, d.local.Load(), "SELECT count(*) FROM s_local")
@@ -319,7 +319,9 @@ func TestCoreOnTwoMajors(t *testing.T) {
 	older, newer := pgtest.Install(t, 17).BinDir, pgtest.Install(t, 18).BinDir
 	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
 	defer cancel()
-	c, err := cluster.FoundTogether(ctx, cluster.Options{Binary: command(t, withRace), Nodes: 3, PGBins: []string{older, newer, newer}})
+	o := options(t)
+	o.Nodes, o.PGBins = 3, []string{older, newer, newer}
+	c, err := cluster.FoundTogether(ctx, o)
 	check(t, err)
 	t.Cleanup(func() {
 		if t.Failed() {

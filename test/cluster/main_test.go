@@ -86,6 +86,12 @@ func command(t *testing.T, race bool) string {
 	return f.built[race]
 }
 
+// options are those of nodes with the race detector, if this test has it.
+func options(t *testing.T) cluster.Options {
+	t.Helper()
+	return cluster.Options{Binary: command(t, withRace), Asking: command(t, false)}
+}
+
 // shared returns the cluster of three that all tests share, and verifies at the end of the test that all nodes
 // are equal and hold nothing back. A test that breaks it does not spoil the next ones: they get a new one, twice.
 func shared(t *testing.T) (*cluster.Cluster, context.Context) {
@@ -109,12 +115,12 @@ func shared(t *testing.T) (*cluster.Cluster, context.Context) {
 		f.shared = nil
 	}
 	if f.shared == nil {
-		binary := command(t, withRace)
+		o := options(t)
 		if f.starts++; f.starts > 3 {
 			t.Fatalf("the shared cluster was broken %d times, at last by: %v", f.starts-1, f.broken)
 		}
 		begin := time.Now()
-		c, err := cluster.Start(t.Context(), cluster.Options{Binary: binary})
+		c, err := cluster.Start(t.Context(), o)
 		if err != nil {
 			f.broken = err
 			t.Fatal(err)

@@ -33,8 +33,9 @@ func grown(t *testing.T, places int, configuration ...string) (*cluster.Cluster,
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), membershipTimeout)
 	t.Cleanup(cancel)
-	c, err := cluster.Found(ctx, cluster.Options{Binary: command(t, withRace), Nodes: places, PGBin: pgtest.Install(t, 18).BinDir,
-		Configuration: strings.Join(configuration, "")})
+	o := options(t)
+	o.Nodes, o.PGBin, o.Configuration = places, pgtest.Install(t, 18).BinDir, strings.Join(configuration, "")
+	c, err := cluster.Found(ctx, o)
 	check(t, err)
 	t.Cleanup(func() {
 		err := c.Stop()

@@ -26,7 +26,7 @@ import (
 // there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
 func TestRecovery(t *testing.T) {
 	t.Parallel()
-	recoverFrom(t, cluster.Options{Binary: command(t, withRace)}, []fault{
+	recoverFrom(t, options(t), []fault{
 		{"PostgresKilled", postgresKilled},
 		{"BackendKilled", backendKilled},
 		{"AsynchronousCommitsLost", asynchronousCommitsLost},
@@ -48,7 +48,7 @@ func TestRecovery(t *testing.T) {
 func TestRecoveryFullDisks(t *testing.T) {
 	forStress(t)
 	t.Parallel()
-	recoverFrom(t, cluster.Options{Binary: command(t, withRace)}, []fault{
+	recoverFrom(t, options(t), []fault{
 		{"RaftLogDiskFull", raftLogDiskFull},
 		{"WALDiskFull", walDiskFull},
 	})
@@ -59,7 +59,9 @@ func TestRecoveryFullDisks(t *testing.T) {
 func TestRecoveryAttached(t *testing.T) {
 	forStress(t)
 	t.Parallel()
-	recoverFrom(t, cluster.Options{Binary: command(t, withRace), Supervised: true}, []fault{
+	o := options(t)
+	o.Supervised = true
+	recoverFrom(t, o, []fault{
 		{"PostgresKilled", postgresKilled},
 		{"NodeKilled", nodeKilled},
 		{"BackendKilled", backendKilled},
@@ -316,6 +318,18 @@ func leaderOf(t *testing.T, ctx context.Context, c *cluster.Cluster) (leader, fo
 		return nil
 	})
 	return leader, follower
+}
+
+// lead makes a node the leader.
+func lead(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
+	t.Helper()
+	eventually(t, ctx, func() error { // others may be elected meanwhile
+		if leader, _ := leaderOf(t, ctx, c); leader == i {
+			return nil
+		}
+		_, err := c.Command(ctx, "transfer-leadership", "--address", c.GRPC(i), "--to", strconv.Itoa(i))
+		return err
+	})
 }
 
 // awaitState waits until node i says of itself that it is in a state, for a reason with these words.

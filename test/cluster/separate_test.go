@@ -24,7 +24,9 @@ func TestSeparate(t *testing.T) {
 	}
 	check(t, err)
 	t.Cleanup(func() { check(t, net.Close()) })
-	c, ctx := private(t, cluster.Options{Binary: command(t, withRace), Network: net})
+	o := options(t)
+	o.Network = net
+	c, ctx := private(t, o)
 	create(t, ctx, c, "CREATE TABLE there (id int PRIMARY KEY)")
 	for i := 1; i <= c.Nodes; i++ {
 		must(t, ctx, gateway(t, ctx, c, i), "INSERT INTO there VALUES ($1)", i)

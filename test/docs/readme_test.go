@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,9 +31,9 @@ var recipes = map[string]string{
 // demoTimeout bounds "make demo", a build from nothing included.
 const demoTimeout = 5 * time.Minute
 
-// TestReadme runs the commands of README.md, in order, as they stand there but for two things: the demo gets a
-// directory and ports of its own, so that it does not meet one that runs already, and so get the commands that
-// follow.
+// TestReadme runs the commands of README.md, those in blocks in order and then those in sentences, as they stand there but for
+// two things: the demo gets a directory and ports of its own, so that it does not meet one that runs already, and so get the
+// commands that follow. What measures for long is only asked whether it would take its arguments.
 func TestReadme(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(root, "README.md"))
 	if err != nil {
@@ -55,6 +56,11 @@ func TestReadme(t *testing.T) {
 			}
 		}
 	}()
+	for _, m := range inSentence.FindAllStringSubmatch(string(text), -1) {
+		if !slices.Contains(commands, m[1]) {
+			commands = append(commands, m[1])
+		}
+	}
 	for _, command := range commands {
 		want, isRecipe := recipes[command]
 		switch {
@@ -62,6 +68,8 @@ func TestReadme(t *testing.T) {
 			if got := output(t, ctx, "make -n "+strings.TrimPrefix(command, "make ")); !strings.Contains(got, want) {
 				t.Errorf("%s would not run %q:\n%s", command, want, got)
 			}
+		case strings.HasPrefix(command, "go run "):
+			t.Logf("%s\n%s", command, output(t, ctx, command+" -h"))
 		case command == "make demo":
 			demo = startDemo(t, ctx)
 		case demo == nil:
@@ -78,6 +86,9 @@ func TestReadme(t *testing.T) {
 		t.Error("README.md does not say make demo")
 	}
 }
+
+// inSentence finds the commands that stand in a sentence.
+var inSentence = regexp.MustCompile("`((?:make|go|git|bin/quorate|quorate|psql|curl) [^`\n]+)`")
 
 // shellCommands returns the lines of all blocks marked sh; a line that ends in a backslash is joined with the next.
 func shellCommands(markdown string) []string {
