@@ -47,6 +47,7 @@ type Status struct {
 	Reason       string  // why they cannot
 	Postgres     string  // version of the server, empty while unknown
 	LogFailure   string  // why the node stores nothing more of the log, empty: it does
+	MaxNodes     int     // how many can have data at a time; 0: not known yet
 	// Health and Hears are what the node says in its heartbeats; nil if it sends none.
 	Health *pb.Health
 	Hears  []*pb.Heard
@@ -137,7 +138,7 @@ func (a *Admin) Status(ctx context.Context, req *pb.StatusRequest) (*pb.StatusRe
 	own := a.cfg.Source.Status()
 	resp := &pb.StatusResponse{
 		Cluster: a.cfg.Cluster, ClusterId: a.cfg.ClusterID[:], Node: uint32(a.cfg.Node), Leader: uint32(own.Leader),
-		Term: own.Term, CommitIndex: uint64(own.CommitIndex),
+		Term: own.Term, CommitIndex: uint64(own.CommitIndex), MaxNodes: uint32(own.MaxNodes),
 	}
 	if req.GetLocal() {
 		resp.Members = []*pb.Member{a.self(own)}

@@ -70,10 +70,13 @@ type Applicant struct {
 	ClusterID txn.UUID
 	Role      string
 	Replaces  txn.NodeID
-	Member    // without an ID
-	Version   string
-	Postgres  string
-	Token     string
+	// Supersedes is a member that it will have leave once it is active.
+	Supersedes txn.NodeID
+	Member     // without an ID
+	Version    string
+	Postgres   string
+	Token      string
+	Format     uint32 // newest of the log's entries that it can read; 0: 1
 }
 
 // Admission is what a candidate gets.
@@ -280,7 +283,7 @@ func (m *membership) Add(ctx context.Context, req *pb.AddRequest) (*pb.AddRespon
 		got, err := m.a.cfg.Membership.Add(ctx, Applicant{
 			Request: txn.UUID(req.Request), Cluster: req.Cluster, ClusterID: cluster, Role: req.Role, Replaces: txn.NodeID(req.Replaces),
 			Member:  Member{Raft: req.RaftAddress, GRPC: req.GrpcAddress, HTTP: req.HttpAddress, Gateway: req.GatewayAddress},
-			Version: req.Version, Postgres: req.PostgresVersion, Token: req.Token,
+			Version: req.Version, Postgres: req.PostgresVersion, Token: req.Token, Format: req.LogFormat, Supersedes: txn.NodeID(req.Supersedes),
 		})
 		if err != nil {
 			return nil, err

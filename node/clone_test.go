@@ -128,7 +128,7 @@ func bareNode(t *testing.T, member *Node, id txn.NodeID) *Node {
 }
 
 func identityOf(n *Node, slot int) pg.Identity {
-	return pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: slot, MaxNodes: replication.MaxSlots}
+	return pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: slot, MaxNodes: replication.DefaultMaxNodes}
 }
 
 // obtainClone clones n and returns up to where.

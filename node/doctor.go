@@ -20,7 +20,6 @@ import (
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pki"
-	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/replication/pg"
 )
 
@@ -312,7 +311,7 @@ func (d *doctor) postgres(ctx context.Context) {
 	d.ok("database", "PostgreSQL %s answers", conn.ParameterStatus("server_version"))
 	d.settings(ctx, conn)
 	d.walSender(ctx)
-	troubles, err := pg.Survey(ctx, conn, replication.MaxSlots)
+	troubles, err := pg.Survey(ctx, conn, d.n.cfg.MaxNodes)
 	if err != nil {
 		d.add(LevelError, "database", "let role "+c.Superuser+" be a superuser", "%v", err)
 	}

@@ -87,7 +87,7 @@ func (n *Node) application(ctx context.Context, id config.Identity) (*pb.AddRequ
 	return &pb.AddRequest{
 		Request: id.Request[:], Role: n.cfg.Role, Replaces: uint32(id.Replaces), Cluster: n.cfg.Cluster, ClusterId: id.ClusterID[:], Token: id.Token,
 		RaftAddress: self.Raft, GrpcAddress: self.GRPC, HttpAddress: self.HTTP, GatewayAddress: self.Gateway,
-		Version: n.version, PostgresVersion: postgres,
+		Version: n.version, PostgresVersion: postgres, LogFormat: codec.Version, Supersedes: uint32(id.Supersedes),
 	}, nil
 }
 
@@ -163,11 +163,12 @@ func (n *Node) join(ctx context.Context, waits *patience) (*incarnation, error) 
 	if err := awaitReadable(ctx, o.machine, unreadablePatience, n.readable, abort); err != nil {
 		return nil, err
 	}
-	member, _ := o.machine.Membership().Find(n.cfg.Node)
+	in := o.machine.Membership()
+	member, _ := in.Find(n.cfg.Node)
 	if member.Slot == replication.NoSlot {
 		return nil, fmt.Errorf("node %s was admitted as a witness, and role is %s: %w", n.cfg.Node, n.cfg.Role, errRole)
 	}
-	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: member.Slot, MaxNodes: replication.MaxSlots}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: member.Slot, MaxNodes: in.MaxNodes}
 	n.states.set(stateCloning, "the node is copying another member's data")
 	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
 		err := n.obtain(ctx, id, o.machine.Reserved(member.Slot))
@@ -241,7 +242,8 @@ func (n *Node) abortUnfinished(ctx context.Context, m *replication.Machine, gid 
 // errRole: the node's configuration is not what it was admitted as.
 var errRole = errors.New("remove its data_dir and join again")
 
-// becomeMember remembers that the node is in the cluster. That ends joining: the node gets its vote, if there is room for it.
+// becomeMember remembers that the node is in the cluster. That ends joining: the node gets its vote, if there is room for it, and
+// whom it was joined to replace leaves.
 func (n *Node) becomeMember(ctx context.Context) error {
 	if !n.identity.get().Started {
 		if err := n.identity.change(func(id *config.Identity) { id.Started = true }); err != nil {
@@ -251,9 +253,19 @@ func (n *Node) becomeMember(ctx context.Context) error {
 	if err := n.noteMembers(); err != nil {
 		return err
 	}
-	if !n.identity.joining() {
-		return nil
+	if n.identity.joining() {
+		if err := n.endJoining(ctx); err != nil {
+			return err
+		}
 	}
+	if id := n.identity.get(); id.Supersedes != 0 && n.superseding.CompareAndSwap(false, true) {
+		n.alongside(func(ctx context.Context) error { return n.supersede(ctx, id.Supersedes) })
+	}
+	return nil
+}
+
+// endJoining gets the node its vote, and makes it one that has joined.
+func (n *Node) endJoining(ctx context.Context) error {
 	for pause := firstAttempt; ; pause = min(2*pause, lastAttempt) {
 		_, err := n.askMembership().Promote(ctx, &pb.PromoteRequest{Node: uint32(n.cfg.Node)})
 		if err == nil {

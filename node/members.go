@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -127,7 +128,7 @@ func (n *Node) founding(now replication.Membership) []byte {
 		// Forced. Which cluster the log is of only the log knows: forcing may have been repeated before the node ran.
 		return codec.AppendFound(nil, &codec.Found{Cluster: id.ClusterID, Previous: now.Cluster, Founders: []codec.Founder{n.founder(id.Node, 0, n.cfg.Witness())}})
 	}
-	f := &codec.Found{Cluster: id.ClusterID}
+	f := &codec.Found{Cluster: id.ClusterID, MaxNodes: uint32(id.MaxNodes)}
 	for slot, m := range n.cfg.Members {
 		f.Founders = append(f.Founders, n.founder(m.ID, slot, m.Witness()))
 	}
@@ -150,7 +151,7 @@ func (n *Node) announce(ctx context.Context, m *replication.Machine, incarnation
 	self, c := n.cfg.Self(), n.consensus.Load()
 	announcement := codec.AppendMember(nil, &codec.Member{
 		Node: n.cfg.Node, Incarnation: incarnation, RaftAddress: self.Raft, GRPCAddress: self.GRPC,
-		HTTPAddress: self.HTTP, GatewayAddress: self.Gateway, Version: n.version, PostgresVersion: postgres,
+		HTTPAddress: self.HTTP, GatewayAddress: self.Gateway, Version: n.version, PostgresVersion: postgres, Format: codec.Version,
 	})
 	try := func() error {
 		index, err := c.ReadIndex(ctx)
@@ -193,4 +194,10 @@ func (n *Node) slot() int {
 		return m.Slot
 	}
 	return max(0, slices.IndexFunc(n.cfg.Members, func(m config.Member) bool { return m.ID == n.cfg.Node }))
+}
+
+// maxNodes is among how many nodes sequences are divided. The log says it; before it does, the configuration that founds the cluster.
+// PostgreSQL keeps what it was told first.
+func (n *Node) maxNodes() int {
+	return cmp.Or(n.membership().MaxNodes, n.identity.get().MaxNodes, replication.DefaultMaxNodes)
 }

@@ -169,8 +169,13 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 			return 0, err
 		}
 	}
+	if a.Supersedes != 0 {
+		if err := n.list(in).Known(a.Supersedes); err != nil {
+			return 0, err
+		}
+	}
 	entry := &codec.Admit{
-		Request: a.Request, Replaces: a.Replaces, RaftAddress: a.Raft, GRPCAddress: a.GRPC, HTTPAddress: a.HTTP, GatewayAddress: a.Gateway, Version: a.Version,
+		Request: a.Request, Replaces: a.Replaces, RaftAddress: a.Raft, GRPCAddress: a.GRPC, HTTPAddress: a.HTTP, GatewayAddress: a.Gateway, Version: a.Version, Format: a.Format,
 	}
 	if err := n.checkApplicant(in, a); err != nil {
 		return 0, err
@@ -204,7 +209,7 @@ func (n *Node) admit(ctx context.Context, c *consensus.Consensus, m *replication
 	id := m.Admitted(a.Request)
 	if id == 0 {
 		return 0, admin.Refuse(codes.FailedPrecondition,
-			"the log has not admitted the node: there are %d data nodes, which is all that sequences can be divided among, or somebody else was quicker to use the token, to replace the node, or to take away the data that it would copy", replication.MaxSlots)
+			"the log has not admitted the node: somebody else was quicker to use the token, to take the last place of %d for nodes with data, to replace the node, or to take away the data that it would copy", in.MaxNodes)
 	}
 	return id, nil
 }
@@ -233,8 +238,15 @@ func (n *Node) checkApplicant(in replication.Membership, a admin.Applicant) erro
 			return admin.Refuse(codes.AlreadyExists, "node %s has the address %s; remove it first, if it is gone", m.ID, a.Raft)
 		}
 	}
+	if max(1, a.Format) < in.Format {
+		return admin.Refuse(codes.FailedPrecondition, "the node runs Quorate %s, which reads the log up to format %d, and the cluster writes format %d: run the release of the other members on it",
+			a.Version, max(1, a.Format), in.Format)
+	}
 	if a.Role == config.RoleWitness {
 		return nil
+	}
+	if err := roomFor(in, a.Replaces); err != nil {
+		return err
 	}
 	// PostgreSQL's files can be used by the same major version only.
 	for _, m := range in.Members {
@@ -248,6 +260,20 @@ func (n *Node) checkApplicant(in replication.Membership, a admin.Applicant) erro
 		}
 	}
 	return nil
+}
+
+// roomFor refuses a node with data where the cluster has as many as it was founded for. In the place of one there is room.
+func roomFor(in replication.Membership, replaces txn.NodeID) error {
+	data := 0
+	for _, m := range in.Members {
+		if m.Slot != replication.NoSlot && m.Node != replaces {
+			data++
+		}
+	}
+	if data < in.MaxNodes {
+		return nil
+	}
+	return admin.Refuse(codes.FailedPrecondition, "the cluster has %d nodes with data, and was founded for at most %d (max_nodes), among which sequences are divided: remove one first", data, in.MaxNodes)
 }
 
 // major is what stands before the first dot.

@@ -68,21 +68,22 @@ type Node struct {
 	strays     prometheus.Counter
 	recoveries prometheus.Counter
 
-	retired   atomic.Bool               // see flow.go
-	fresh     atomic.Pointer[time.Time] // see access.go; nil: nothing is known to be shown yet
-	rejoining sync.Mutex                // held while the node asks to be admitted anew
-	returning atomic.Bool               // it asks until it is, unattended
-	pruning   atomic.Bool               // a Horizon entry of ours is under way
-	drained   atomic.Bool               // an operator has sent the clients away
-	ctx       context.Context
-	cancel    context.CancelCauseFunc
-	group     *errgroup.Group
-	fenced    context.Context
-	fence     context.CancelCauseFunc       // ends fenced, and with it the incarnations for good, and nothing else
-	lived     chan struct{}                 // closed when the last incarnation has ended; nil before the first is accompanied
-	opened    []func(context.Context) error // what Close undoes, in reverse
-	closing   sync.Once
-	closeErr  error
+	retired     atomic.Bool               // see flow.go
+	fresh       atomic.Pointer[time.Time] // see access.go; nil: nothing is known to be shown yet
+	rejoining   sync.Mutex                // held while the node asks to be admitted anew
+	returning   atomic.Bool               // it asks until it is, unattended
+	superseding atomic.Bool               // it sees to it that the member leaves in whose place it was joined
+	pruning     atomic.Bool               // a Horizon entry of ours is under way
+	drained     atomic.Bool               // an operator has sent the clients away
+	ctx         context.Context
+	cancel      context.CancelCauseFunc
+	group       *errgroup.Group
+	fenced      context.Context
+	fence       context.CancelCauseFunc       // ends fenced, and with it the incarnations for good, and nothing else
+	lived       chan struct{}                 // closed when the last incarnation has ended; nil before the first is accompanied
+	opened      []func(context.Context) error // what Close undoes, in reverse
+	closing     sync.Once
+	closeErr    error
 }
 
 // Open starts a node of this version of Quorate, as what its data directory says that it is (config.ClaimDataDir), and returns when its clients can connect; it accepts writes once it has

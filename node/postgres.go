@@ -15,7 +15,6 @@ import (
 
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pgserver"
-	"github.com/quorate/quorate/replication"
 	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/replication/pg"
 )
@@ -99,7 +98,7 @@ func (i *incarnation) prepareServer(ctx context.Context, conn *pgconn.PgConn) (e
 	if err := pg.Settle(ctx, conn); err != nil {
 		return err
 	}
-	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: replication.MaxSlots}
+	id := pg.Identity{Cluster: n.cfg.Cluster, Node: n.cfg.Node, Slot: n.slot(), MaxNodes: n.maxNodes()}
 	if id.Generation, err = n.nextGeneration(ctx, conn, i.id); err != nil {
 		return err
 	}

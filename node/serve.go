@@ -67,6 +67,7 @@ func (n *Node) Status() admin.Status {
 	s := n.status()
 	s.Health = n.health()
 	s.Postgres = s.Health.PostgresVersion
+	s.MaxNodes = n.membership().MaxNodes
 	for _, r := range n.seen.beats.Reports(s.Health) {
 		if r.Node == uint32(n.cfg.Node) {
 			s.Hears = r.Heard

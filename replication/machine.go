@@ -106,7 +106,13 @@ func (m *Machine) Apply(index txn.LogIndex, data []byte) {
 	decisions := m.decide(index, entry)
 	change, changed := m.change(entry)
 	announced := entry.Member != nil && m.members.is(entry.Member.Node)
+	unreadable := m.members.unreadable()
 	m.mu.Unlock()
+	if unreadable != nil {
+		m.failed = true
+		m.cfg.Fail(fmt.Errorf("log entry %d: %w", index, unreadable))
+		return
+	}
 	if len(decisions) > 0 {
 		m.cfg.Deliver(decisions)
 	}
@@ -172,6 +178,7 @@ func (m *Machine) change(entry codec.Entry) (c Change, ok bool) {
 		maps.DeleteFunc(m.chunks, func(gid txn.GID, _ *chunkList) bool { return gid.Node == id })
 		m.outcomes.bury(id, 0)
 	}
+	m.members.raiseFormat()
 	return c, ok
 }
 
@@ -469,9 +476,12 @@ func (m *Machine) Restore(r io.Reader) error {
 	if !m.members.restore(h.Members, h.Membership) {
 		return fmt.Errorf("read members: %w", txn.ErrCorrupt)
 	}
+	if err := m.members.unreadable(); err != nil {
+		return fmt.Errorf("read snapshot: %w", err)
+	}
 	m.reservations = make(reservations)
 	for slot, r := range h.Reserved {
-		if r == nil || slot < 0 || slot >= MaxSlots {
+		if r == nil || slot < 0 || slot >= len(m.members.used) {
 			return fmt.Errorf("read reservations: %w", txn.ErrCorrupt)
 		}
 		if r.Values == nil {

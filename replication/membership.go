@@ -1,15 +1,19 @@
 package replication
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
+	"math"
 	"slices"
 
 	"github.com/quorate/quorate/txn"
 	"github.com/quorate/quorate/txn/codec"
 )
 
-// MaxSlots is how many data nodes a cluster can have: each sequence is divided into as many residues when it is created.
-const MaxSlots = 16
+// DefaultMaxNodes is how many members of a cluster can have data at a time, unless it was founded for another number: each
+// sequence is divided into as many residues when it is created.
+const DefaultMaxNodes = 16
 
 // NoSlot is the slot of a member that gives out no sequence values.
 const NoSlot = -1
@@ -20,7 +24,7 @@ type Member struct {
 	// that it was admitted with; a founder has none then.
 	codec.Member
 	Role codec.Role
-	// Slot is the residue of sequences whose values this node gives out, below MaxSlots, or NoSlot.
+	// Slot is the residue of sequences whose values this node gives out, below MaxNodes, or NoSlot.
 	Slot int
 	// Request is what admitted it; zero for founders.
 	Request txn.UUID
@@ -32,6 +36,10 @@ type Membership struct {
 	Cluster txn.UUID
 	Members []Member // by id
 	Highest txn.NodeID
+	// MaxNodes is how many can have data at a time. 0 before the founding.
+	MaxNodes int
+	// Format is the newest format of entries that every member can read, or has once been able to; at least 1.
+	Format uint32
 }
 
 // Founded reports whether the log says who the members are.
@@ -67,8 +75,11 @@ type members struct {
 	cluster txn.UUID
 	all     map[txn.NodeID]*Member
 	highest txn.NodeID // ever given
-	used    [MaxSlots]bool
-	freed   []int // slots without a holder that had one, the one freed longest ago first
+	used    []bool     // as many as there are slots
+	freed   []int      // slots without a holder that had one, the one freed longest ago first
+	// format is the newest that all members could read, at some place of the log. It never falls: from there on there may be
+	// entries of it.
+	format uint32
 	// admitted are the latest requests that made members, oldest first, with the ids that they got: who asks again,
 	// because the first answer was lost, gets the same one, also after a removal.
 	admitted []admission
@@ -82,7 +93,7 @@ type admission struct {
 // keptAdmissions is how many are remembered. Requests are repeated within minutes.
 const keptAdmissions = 256
 
-func newMembers() members { return members{all: make(map[txn.NodeID]*Member)} }
+func newMembers() members { return members{all: make(map[txn.NodeID]*Member), format: 1} }
 
 func (m *members) founded() bool { return !m.cluster.IsZero() }
 
@@ -93,6 +104,9 @@ func (m *members) is(id txn.NodeID) bool { return !m.founded() || m.all[id] != n
 func (m *members) found(f codec.Found) (c Change, ok bool) {
 	if m.founded() && f.Previous != m.cluster {
 		return c, false
+	}
+	if m.used == nil {
+		m.used = make([]bool, cmp.Or(int(f.MaxNodes), DefaultMaxNodes))
 	}
 	was := m.all
 	m.cluster, m.all = f.Cluster, make(map[txn.NodeID]*Member, len(f.Founders))
@@ -121,7 +135,7 @@ func (m *members) found(f codec.Found) (c Change, ok bool) {
 
 // takeSlot takes the wanted slot, or any if somebody has it.
 func (m *members) takeSlot(wanted int) int {
-	if wanted < MaxSlots && !m.used[wanted] {
+	if wanted < len(m.used) && !m.used[wanted] {
 		m.used[wanted] = true
 		return wanted
 	}
@@ -135,7 +149,7 @@ func (m *members) takeSlot(wanted int) int {
 // nextSlot returns the slot for a new data node: one that nobody ever had, else the one freed longest ago, whose
 // sequence values are the least likely to be on their way still.
 func (m *members) nextSlot() (slot int, ok bool) {
-	if never := slices.Index(m.used[:], false); never >= 0 {
+	if never := slices.Index(m.used, false); never >= 0 {
 		return never, true
 	}
 	if len(m.freed) > 0 {
@@ -157,7 +171,7 @@ func (m *members) free(slot int) {
 
 // admit makes a member, unless the request has made one already or there is no room. Who asked finds out by the request.
 func (m *members) admit(a codec.Admit) (c Change, ok bool) {
-	if !m.founded() || m.find(a.Request) != 0 {
+	if !m.founded() || m.find(a.Request) != 0 || reads(a.Format) < m.format {
 		return c, false
 	}
 	// The node that is replaced may have been removed meanwhile: whoever did that may not want another.
@@ -185,7 +199,7 @@ func (m *members) admit(a codec.Admit) (c Change, ok bool) {
 	m.all[m.highest] = &Member{
 		Member: codec.Member{
 			Node: m.highest, RaftAddress: a.RaftAddress, GRPCAddress: a.GRPCAddress, HTTPAddress: a.HTTPAddress,
-			GatewayAddress: a.GatewayAddress, Version: a.Version,
+			GatewayAddress: a.GatewayAddress, Version: a.Version, Format: a.Format,
 		},
 		Role: a.Role, Slot: slot, Request: a.Request,
 	}
@@ -240,6 +254,31 @@ func (m *members) announce(a codec.Member) bool {
 	return true
 }
 
+// reads returns the newest format that a member reads, by what it has said.
+func reads(said uint32) uint32 { return max(1, said) }
+
+// raiseFormat is called after each change: the format rises when the last member that could not read it is gone, or has said
+// that it can.
+func (m *members) raiseFormat() {
+	if !m.founded() {
+		return
+	}
+	lowest := uint32(math.MaxUint32)
+	for _, x := range m.all {
+		lowest = min(lowest, reads(x.Format))
+	}
+	m.format = max(m.format, lowest)
+}
+
+// unreadable returns an error once entries may come that this build cannot read: the node has been run with a newer one before.
+// It stops here, wherever the first of them is.
+func (m *members) unreadable() error {
+	if m.format <= codec.Version {
+		return nil
+	}
+	return fmt.Errorf("from here on the cluster may write entries of format %d, which all its members could read: %w", m.format, &codec.VersionError{Version: byte(m.format)})
+}
+
 func (m *members) list() []Member {
 	list := make([]Member, 0, len(m.all))
 	for _, id := range slices.Sorted(maps.Keys(m.all)) {
@@ -249,7 +288,7 @@ func (m *members) list() []Member {
 }
 
 func (m *members) membership() Membership {
-	return Membership{Cluster: m.cluster, Members: m.list(), Highest: m.highest}
+	return Membership{Cluster: m.cluster, Members: m.list(), Highest: m.highest, MaxNodes: len(m.used), Format: m.format}
 }
 
 // membersState is members in a snapshot. One that was written before there were memberships has announcements only.
@@ -259,13 +298,17 @@ type membersState struct {
 	Used     []int       `json:"used"`
 	Freed    []int       `json:"freed"`
 	Admitted []admission `json:"admitted"`
+	MaxNodes int         `json:"max_nodes,omitempty"` // 0: DefaultMaxNodes
+	Format   uint32      `json:"format,omitempty"`    // 0: 1
 }
 
 func (m *members) state() *membersState {
 	if !m.founded() {
 		return nil
 	}
-	s := &membersState{Cluster: m.cluster, Highest: m.highest, Freed: slices.Clone(m.freed), Admitted: slices.Clone(m.admitted)}
+	s := &membersState{
+		Cluster: m.cluster, Highest: m.highest, Freed: slices.Clone(m.freed), Admitted: slices.Clone(m.admitted), MaxNodes: len(m.used), Format: m.format,
+	}
 	for slot, used := range m.used {
 		if used {
 			s.Used = append(s.Used, slot)
@@ -286,8 +329,12 @@ func (m *members) restore(list []Member, s *membersState) bool {
 	if s == nil {
 		return true
 	}
+	if s.MaxNodes < 0 || s.MaxNodes > codec.MostNodes {
+		return false
+	}
 	m.cluster, m.highest, m.freed, m.admitted = s.Cluster, s.Highest, s.Freed, s.Admitted
-	valid := func(slot int) bool { return slot >= 0 && slot < MaxSlots }
+	m.used, m.format = make([]bool, cmp.Or(s.MaxNodes, DefaultMaxNodes)), reads(s.Format)
+	valid := func(slot int) bool { return slot >= 0 && slot < len(m.used) }
 	for _, slot := range s.Used {
 		if !valid(slot) {
 			return false

@@ -211,7 +211,7 @@ func TestSlots(t *testing.T) {
 			r.entry(admit(n+1, replaces))
 			id := r.Admitted(request(n + 1))
 			if id == 0 {
-				if usedSlots < MaxSlots || len(freed) > 0 || replaces != 0 {
+				if usedSlots < DefaultMaxNodes || len(freed) > 0 || replaces != 0 {
 					t.Fatalf("refused with %d slots used and %v free", usedSlots, freed)
 				}
 				continue
@@ -222,7 +222,7 @@ func TestSlots(t *testing.T) {
 			}
 			ever[id] = true
 			want := usedSlots
-			if usedSlots < MaxSlots {
+			if usedSlots < DefaultMaxNodes {
 				usedSlots++
 			} else if len(freed) > 0 {
 				want, freed = freed[0], freed[1:]
@@ -238,7 +238,7 @@ func TestSlots(t *testing.T) {
 		}
 		held := map[int]bool{}
 		for _, m := range r.Membership().Members {
-			if held[m.Slot] || m.Slot < 0 || m.Slot >= MaxSlots {
+			if held[m.Slot] || m.Slot < 0 || m.Slot >= DefaultMaxNodes {
 				t.Fatalf("slot %d is held twice, or none", m.Slot)
 			}
 			held[m.Slot] = true

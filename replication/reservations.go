@@ -19,7 +19,7 @@ type reserved struct {
 const maxReserved = 100_000
 
 func (r reservations) add(slot int, e codec.Reserve) {
-	if slot < 0 || slot >= MaxSlots {
+	if slot == NoSlot {
 		return
 	}
 	now := r[slot]

@@ -47,10 +47,10 @@ func TestReservations(t *testing.T) {
 		}
 	}
 	// Another takes the slot, when no other is left.
-	for n := range MaxSlots - 1 {
+	for n := range DefaultMaxNodes - 1 {
 		apply(again, codec.AppendAdmit(nil, &codec.Admit{Request: txn.UUID{2, byte(n)}}))
 	}
-	holder := txn.NodeID(2 + MaxSlots - 1)
+	holder := txn.NodeID(2 + DefaultMaxNodes - 1)
 	if x, ok := again.Membership().Find(holder); !ok || x.Slot != 1 {
 		t.Fatalf("node %d: %+v, %v", holder, x, ok)
 	}

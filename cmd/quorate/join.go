@@ -40,7 +40,7 @@ func initCommand() *cobra.Command {
 			} else if !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
-			id := config.Identity{Cluster: cfg.Cluster, ClusterID: txn.NewUUID(), Node: 1, State: config.StateMember}
+			id := config.Identity{Cluster: cfg.Cluster, ClusterID: txn.NewUUID(), Node: 1, State: config.StateMember, MaxNodes: cfg.MaxNodes}
 			if err := id.Save(cfg.DataDir); err != nil {
 				return err
 			}
@@ -67,12 +67,14 @@ func freshConfig(file, command string) (config.Config, error) {
 func joinCommand() *cobra.Command {
 	var file, token string
 	var peers []string
+	var replace uint32
 	cmd := &cobra.Command{
-		Use:   "join --config FILE --peer HOST:PORT [--token TOKEN]",
+		Use:   "join --config FILE --peer HOST:PORT [--token TOKEN] [--replace NODE]",
 		Short: "Make this node a member of a cluster, and run it",
 		Long: "Make this node a member of a cluster, and run it like \"quorate run\". It copies the data of another member while everybody goes on\n" +
 			"writing, follows the log from there, and gets its vote. When that was interrupted, \"quorate join\" and \"quorate run\" go on with it.\n" +
-			"A data directory of PostgreSQL that is there already is set aside, and removed when the node is a member.",
+			"A data directory of PostgreSQL that is there already is set aside, and removed when the node is a member.\n\n" +
+			"With --replace another member goes when this one is active: it is drained and leaves, or, if it does not answer, is removed.",
 		GroupID: groupChange,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -80,7 +82,10 @@ func joinCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := applyAt(cfg, file, peers, token); err != nil {
+			if cmd.Flags().Changed("replace") && replace == 0 {
+				return usage("replace", "0", "must be the id of a member")
+			}
+			if err := applyAt(cfg, file, peers, token, txn.NodeID(replace)); err != nil {
 				return err
 			}
 			return runNode(cmd.Context(), file, cmd.ErrOrStderr(), func(ctx context.Context, n *node.Node) { showJoining(ctx, n, cmd.OutOrStdout()) })
@@ -90,11 +95,13 @@ func joinCommand() *cobra.Command {
 	f.StringVar(&file, "config", os.Getenv("QUORATE_CONFIG"), "configuration `file` ($QUORATE_CONFIG)")
 	f.StringSliceVar(&peers, "peer", nil, "gRPC `address` of a member; several can be given")
 	f.StringVar(&token, "token", os.Getenv("QUORATE_TOKEN"), "`token` that \"quorate token create\" has made ($QUORATE_TOKEN)")
+	f.Uint32Var(&replace, "replace", 0, "`id` of the member that is to go when this one is active")
 	return cmd
 }
 
-// applyAt writes into the data directory that the node wants to join, and how; it does nothing for a node that is on its way.
-func applyAt(cfg config.Config, file string, peers []string, token string) error {
+// applyAt writes into the data directory that the node wants to join, and how. Of a node that was admitted it changes nothing but whom
+// it replaces.
+func applyAt(cfg config.Config, file string, peers []string, token string, replace txn.NodeID) error {
 	have, err := config.ReadIdentity(cfg.DataDir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -107,8 +114,12 @@ func applyAt(cfg config.Config, file string, peers []string, token string) error
 		return fmt.Errorf("data_dir %q belongs to node %s, which was removed: a node joins with an empty data_dir", cfg.DataDir, have.Node)
 	case have.State == config.StateMember:
 		return fmt.Errorf("data_dir %q belongs to node %s of cluster %q, a member: start it with \"quorate run --config %s\"", cfg.DataDir, have.Node, have.Cluster, file)
-	case have.State == config.StateJoining:
-		return nil // it was admitted
+	}
+	if replace != 0 {
+		have.Supersedes = replace
+	}
+	if have.State == config.StateJoining {
+		return have.Save(cfg.DataDir)
 	}
 	if len(peers) > 0 {
 		have.Peers = peers

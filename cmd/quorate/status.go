@@ -100,6 +100,7 @@ type clusterStatus struct {
 	Term        uint64         `json:"term"`
 	CommitIndex uint64         `json:"commit_index"`
 	CSN         uint64         `json:"csn"`
+	MaxNodes    uint32         `json:"max_nodes"` // with data, at a time; 0: not known yet
 	Members     []memberStatus `json:"members"`
 
 	view *pb.View // who votes, and is heard
@@ -135,7 +136,7 @@ type addresses struct {
 
 func newClusterStatus(r *pb.StatusResponse) clusterStatus {
 	s := clusterStatus{
-		Cluster: r.Cluster, Node: r.Node, Leader: r.Leader, Term: r.Term, CommitIndex: r.CommitIndex, CSN: r.Csn,
+		Cluster: r.Cluster, Node: r.Node, Leader: r.Leader, Term: r.Term, CommitIndex: r.CommitIndex, CSN: r.Csn, MaxNodes: r.MaxNodes,
 		Members: make([]memberStatus, 0, len(r.Members)),
 	}
 	for _, m := range r.Members {

@@ -34,6 +34,10 @@ type Config struct {
 	// Members founds a cluster by a list of all nodes, this one included, alike on all of them. Afterwards the log knows
 	// the members, and this list is not looked at any more, except for this node's own addresses.
 	Members []Member `yaml:"members,omitempty"`
+	// MaxNodes is how many nodes with data the cluster can have at a time, if this node founds it: it divides each sequence
+	// among as many. It counts when the cluster is founded, by quorate init or by Members (on all of them alike), and for good; nodes
+	// that join learn it. Default 16, at least 1, at most 64.
+	MaxNodes int `yaml:"max_nodes,omitempty"`
 
 	TLS     TLS     `yaml:"tls,omitempty"`
 	Gateway Gateway `yaml:"gateway,omitempty"`

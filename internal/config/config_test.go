@@ -143,6 +143,8 @@ func TestErrorsNameFieldAndValue(t *testing.T) {
 		{"node: 1", "node: 1\nheartbeat: {interval: 10ms}", `heartbeat.interval: "10ms": must be from 50ms to 5s`},
 		{"node: 1", "node: 1\nheartbeat: {interval: 500ms, timeout: 1s}", `heartbeat.timeout: "1s": must be from 1.5s, three times heartbeat.interval, to 1m`},
 		{"node: 1", "node: 1\nheartbeat: {timeout: 2m}", `heartbeat.timeout: "2m0s": must be from 750ms`},
+		{"node: 1", "node: 1\nmax_nodes: 65", `max_nodes: "65": must be from 1 to 64`},
+		{members, `members: [{id: 1, raft: "h:6401", grpc: "h:6201"}, {id: 2, raft: "g:6401", grpc: "g:6201"}]` + "\nmax_nodes: 1", `max_nodes: "1": is less than the 2 members with data`},
 		{"node: 1", "node: 1\ntracing: {sample: 2}", `tracing.sample: "2": must be from 0.0001 to 1`},
 		{"node: 1", "node: 1\ntracing: {endpoint: \"collector:4318\"}", `tracing.endpoint: "collector:4318": must be a URL`},
 		{"node: 1", "node: 1\nlog: {level: loud}", `log.level: "loud": must be one of`},

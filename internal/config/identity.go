@@ -33,7 +33,9 @@ type Identity struct {
 	Cluster   string     `yaml:"cluster"`
 	ClusterID txn.UUID   `yaml:"cluster_id,omitempty"`
 	Node      txn.NodeID `yaml:"node"`
-	State     string     `yaml:"state,omitempty"` // empty: StateMember
+	// MaxNodes is that of the configuration with which the cluster was founded. 0: it has joined, or 16.
+	MaxNodes int    `yaml:"max_nodes,omitempty"`
+	State    string `yaml:"state,omitempty"` // empty: StateMember
 	// Previous is the cluster that the node belonged to before quorate recover --force-new-cluster; zero: it was never used.
 	Previous txn.UUID `yaml:"previous,omitempty"`
 	// Request is what it was admitted by, or asks by; zero: it has founded the cluster.
@@ -46,6 +48,8 @@ type Identity struct {
 	Rejoin txn.UUID `yaml:"rejoin,omitempty"`
 	// Replaces is the member that a joining node was.
 	Replaces txn.NodeID `yaml:"replaces,omitempty"`
+	// Supersedes is the member that leaves when this one, which was joined to take its place, is active; 0: nobody.
+	Supersedes txn.NodeID `yaml:"supersedes,omitempty"`
 	// Reason is why it was removed.
 	Reason string `yaml:"reason,omitempty"`
 	// Started says that the node has been in the cluster: its log is worth something, and must be there.
@@ -199,7 +203,7 @@ func (c *Config) ClaimDataDir() (Identity, error) {
 		return have, fmt.Errorf("data_dir %q belongs to %w yet: make a cluster with \"quorate init --config FILE\", "+
 			"or join one with \"quorate join --config FILE --peer HOST:PORT\"", c.DataDir, ErrNoIdentity)
 	case errors.Is(err, fs.ErrNotExist):
-		have = Identity{Cluster: c.Cluster, ClusterID: c.foundedID(), Node: c.Node, State: StateMember}
+		have = Identity{Cluster: c.Cluster, ClusterID: c.foundedID(), Node: c.Node, State: StateMember, MaxNodes: c.MaxNodes}
 		return have, have.Save(c.DataDir)
 	case err != nil:
 		return have, err
@@ -229,6 +233,9 @@ func (c *Config) foundedID() txn.UUID {
 	b.WriteString(c.Cluster)
 	for _, m := range slices.SortedFunc(slices.Values(c.Members), func(a, b Member) int { return int(a.ID) - int(b.ID) }) {
 		fmt.Fprintf(&b, "\n%d %s", m.ID, m.Raft)
+	}
+	if c.MaxNodes != defaultMaxNodes { // who does not agree on it founds another cluster
+		fmt.Fprintf(&b, "\nmax_nodes %d", c.MaxNodes)
 	}
 	return txn.DeriveUUID(b.String())
 }

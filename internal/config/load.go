@@ -121,6 +121,7 @@ func (c *Config) complete(dir string) {
 		text(&pg.Database, "postgres")
 		orDefault(&pg.Port, 5432)
 	}
+	orDefault(&c.MaxNodes, defaultMaxNodes)
 	orDefault(&c.Apply.Workers, 8)
 	orDefault(&c.Limits.Clients, 100)
 	orDefault(&c.Limits.Message, 64<<20)

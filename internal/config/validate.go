@@ -132,6 +132,12 @@ var clusterName = regexp.MustCompile(`^[a-z0-9_-]{1,63}$`)
 // maxMembers bounds the voters: beyond it every commit waits for ever more disks, and no fault needs it.
 const maxMembers = 9
 
+// defaultMaxNodes and mostNodes are for max_nodes: each node's share of a sequence is what that leaves.
+const (
+	defaultMaxNodes = 16
+	mostNodes       = 64
+)
+
 // Validate returns an *Error with every problem, or nil. It looks at the configuration only, not at the machine.
 func (c Config) Validate() error {
 	v := &validator{}
@@ -148,6 +154,7 @@ func (c Config) Validate() error {
 	c.validateAddresses(v)
 	c.validateSecurity(v)
 	c.validateMembers(v)
+	v.within("max_nodes", int64(c.MaxNodes), 1, mostNodes)
 	v.within("apply.workers", int64(c.Apply.Workers), 1, 256)
 	v.within("limits.clients", int64(c.Limits.Clients), 1, 10000)
 	v.size("limits.message", c.Limits.Message, 64<<10, 1<<30)
@@ -307,8 +314,17 @@ func (c Config) validateMembers(v *validator) {
 			addresses[a.address] = field + a.field
 		}
 	}
-	if !slices.ContainsFunc(c.Members, func(m Member) bool { return !m.Witness() }) {
+	data := 0
+	for _, m := range c.Members {
+		if !m.Witness() {
+			data++
+		}
+	}
+	switch {
+	case data == 0:
 		v.add("members", "", "has witnesses only, and nobody with data")
+	case data > c.MaxNodes:
+		v.add("max_nodes", strconv.Itoa(c.MaxNodes), "is less than the %d members with data", data)
 	}
 	if _, ok := ids[c.Node]; !ok && c.Node != 0 {
 		v.add("node", c.Node.String(), "is not among the members")

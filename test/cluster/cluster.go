@@ -50,6 +50,8 @@ type Options struct {
 	Certify func(dir string) error
 	// Configuration is added to that of each node which is by itself.
 	Configuration string
+	// Populate, when set, makes the PostgreSQL that Found's first node adopts, in the data directory that it is given.
+	Populate func(ctx context.Context, dataDir string) error
 }
 
 // separate reports whether the nodes are by themselves; then they have certificates, and ask clients for a password.

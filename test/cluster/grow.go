@@ -41,7 +41,12 @@ func Found(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = c.Command(ctx, "init", "--config", c.Config(1))
+	if o.Populate != nil {
+		err = o.Populate(ctx, filepath.Join(c.NodeDir(1), "pgdata"))
+	}
+	if err == nil {
+		_, err = c.Command(ctx, "init", "--config", c.Config(1))
+	}
 	if err == nil {
 		err = c.StartNode(1)
 	}
@@ -121,12 +126,25 @@ func (c *Cluster) Join(i, by int) error {
 	return nil
 }
 
+// MakeWitness has the node that will be at a place be one without PostgreSQL.
+func (c *Cluster) MakeWitness(i int) error { return c.place(i, true) }
+
 // JoinWitness is Join of a node without PostgreSQL.
 func (c *Cluster) JoinWitness(i, by int) error {
-	if err := c.place(i, true); err != nil {
+	if err := c.MakeWitness(i); err != nil {
 		return err
 	}
 	return c.Join(i, by)
+}
+
+// Shell starts the node at a place with a line for the shell, which must be a command of quorate's, and returns at once.
+func (c *Cluster) Shell(i int, line string) error {
+	p, err := startProcess(startHere, filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i)), "sh", "-c", "exec "+line)
+	if err != nil {
+		return fmt.Errorf("start node at %d: %w", i, err)
+	}
+	c.singles[i] = p
+	return nil
 }
 
 // StopNode ends the node at a place, as a user would.

@@ -21,6 +21,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/test/cluster"
 )
@@ -31,10 +32,17 @@ const membershipTimeout = 6 * time.Minute
 // grown founds a cluster of one node, with room for others.
 func grown(t *testing.T, places int, configuration ...string) (*cluster.Cluster, context.Context) {
 	t.Helper()
+	return grownFrom(t, nil, places, configuration...)
+}
+
+// grownFrom is grown of a PostgreSQL that somebody else has filled.
+func grownFrom(t *testing.T, populate func(context.Context, string) error, places int, configuration ...string) (*cluster.Cluster, context.Context) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), membershipTimeout)
 	t.Cleanup(cancel)
 	o := options(t)
 	o.Nodes, o.PGBin, o.Configuration = places, pgtest.Install(t, 18).BinDir, strings.Join(configuration, "")
+	o.Populate = populate
 	c, err := cluster.Found(ctx, o)
 	check(t, err)
 	t.Cleanup(func() {
@@ -272,7 +280,11 @@ func TestGrowAndShrink(t *testing.T) {
 	if !long {
 		t.Parallel() // with eight nodes beside this one's there would be elections, which clients notice
 	}
-	c, ctx := grown(t, 9)
+	most := 3
+	if long {
+		most = 6 // while one is replaced
+	}
+	c, ctx := grown(t, 9, fmt.Sprintf("max_nodes: %d\n", most))
 	if long {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(t.Context(), 20*time.Minute)
@@ -282,17 +294,29 @@ func TestGrowAndShrink(t *testing.T) {
 	defer w.stop()
 	w.begin(ctx, 1, 2)
 
+	refusesOtherMajor(t, ctx, c, 9, 1)
+
 	// Two at once, one by way of the other's donor.
 	check(t, c.Join(2, 1))
 	check(t, c.Join(3, 1))
 	w.joined(ctx, 2, 3)
-	refusesOtherMajor(t, ctx, c, 9, 1)
 	if !long {
-		// The founder, which leads, leaves, and another one comes.
+		refuses(t, ctx, c, 4, 1, "the cluster has 3 nodes with data, and was founded for at most 3 (max_nodes)")
+		// The founder, which leads, leaves, and another one comes, to go on with the founder's share of sequences.
 		w.left(ctx, 1, 3)
 		check(t, c.Join(4, 2))
 		w.joined(ctx, 4)
+		eventually(t, ctx, func() error {
+			if n := w.count(4); n < 10 {
+				return fmt.Errorf("%d commits at 4", n)
+			}
+			return nil
+		})
 		w.end(ctx, 2, 3, 4)
+		conn, err := c.Connect(ctx, 2)
+		check(t, err)
+		equals(t, ctx, conn, "{1:1,2:2,3:0,4:1}", "SELECT array_agg(DISTINCT place || ':' || id % 3)::text FROM appended")
+		check(t, conn.Close(ctx))
 		return
 	}
 	check(t, c.Join(4, 2))
@@ -315,25 +339,34 @@ func refusesOtherMajor(t *testing.T, ctx context.Context, c *cluster.Cluster, pl
 	check(t, err)
 	older := strings.Replace(string(text), pgtest.Install(t, 18).BinDir, pgtest.Install(t, 17).BinDir, 1)
 	check(t, os.WriteFile(c.Config(place), []byte(older), 0o644))
+	refuses(t, ctx, c, place, by, "the node has PostgreSQL 17.", " has 18.")
+}
+
+// refuses tries to join a node at a place, which says why not.
+func refuses(t *testing.T, ctx context.Context, c *cluster.Cluster, place, by int, reasons ...string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(ctx, testTimeout)
 	defer cancel()
-	_, err = c.Command(ctx, "join", "--config", c.Config(place), "--peer", c.GRPC(by))
-	if err == nil || !strings.Contains(err.Error(), "the node has PostgreSQL 17.") || !strings.Contains(err.Error(), " has 18.") {
-		t.Errorf("a node with PostgreSQL 17 joins one with 18: %v", err)
+	_, err := c.Command(ctx, "join", "--config", c.Config(place), "--peer", c.GRPC(by))
+	for _, reason := range reasons {
+		if err == nil || !strings.Contains(err.Error(), reason) {
+			t.Errorf("joining is not refused with %q: %v", reason, err)
+		}
 	}
 }
 
 // TestRollingRestart: every node is drained, restarted and used again, while clients write on all of them. None of them sees
-// more than the end of its session between two transactions.
+// more than the end of its session between two transactions. The first one began on a PostgreSQL with data, which the others have too.
 func TestRollingRestart(t *testing.T) {
 	t.Parallel()
-	c, ctx := grown(t, 3)
+	c, ctx := grownFrom(t, populate(t), 3)
 	w := newWriters(t, ctx, c)
 	defer w.stop()
 	w.begin(ctx, 1, 2)
 	check(t, c.Join(2, 1))
 	check(t, c.Join(3, 1))
 	w.joined(ctx, 2, 3)
+	checkPopulated(t, ctx, c)
 	for place := 1; place <= 3; place++ {
 		w.setLeaving(place, true)
 		out, err := c.Change(ctx, "drain", place, 1+place%3)
@@ -358,6 +391,57 @@ func TestRollingRestart(t *testing.T) {
 		w.begin(ctx, place, 2)
 	}
 	w.end(ctx, 1, 2, 3)
+}
+
+// population is what somebody has had before there was a cluster: tables that take their keys from sequences of every kind, and a role.
+var population = []string{
+	"CREATE ROLE clerk LOGIN",
+	"CREATE SEQUENCE tens INCREMENT 10 START 100",
+	`CREATE TABLE customer (id bigserial PRIMARY KEY, number int GENERATED ALWAYS AS IDENTITY UNIQUE, code bigint NOT NULL DEFAULT nextval('tens') UNIQUE, name text)`,
+	"CREATE TABLE invoice (id serial PRIMARY KEY, customer bigint NOT NULL REFERENCES customer)",
+	"GRANT SELECT ON customer TO clerk",
+	"INSERT INTO customer (name) SELECT 'customer ' || n FROM generate_series(1, 500) n",
+	"INSERT INTO invoice (customer) SELECT 1 + n % 500 FROM generate_series(1, 500) n",
+}
+
+// populate fills a data directory as a server without Quorate.
+func populate(t *testing.T) func(context.Context, string) error {
+	return func(ctx context.Context, dataDir string) error {
+		s, err := pgserver.New(pgserver.Config{Install: pgtest.Install(t, 18), DataDir: dataDir, Port: pgtest.FreePort(t), Auth: "trust", EndWithParent: true, NoSync: true})
+		if err != nil {
+			return err
+		}
+		if _, err := s.Init(ctx); err != nil {
+			return err
+		}
+		if err := s.Start(ctx); err != nil {
+			return err
+		}
+		conn, err := pgx.Connect(ctx, s.ConnString("postgres"))
+		if err == nil {
+			_, err = conn.Exec(ctx, strings.Join(population, "; "))
+			err = errors.Join(err, conn.Close(ctx))
+		}
+		return errors.Join(err, s.Stop(ctx))
+	}
+}
+
+// checkPopulated sees that every node has what was there before, unchanged, and that what is new gets keys of its own everywhere.
+func checkPopulated(t *testing.T, ctx context.Context, c *cluster.Cluster) {
+	t.Helper()
+	for place := 1; place <= c.Nodes; place++ {
+		conn, err := c.Connect(ctx, place)
+		check(t, err)
+		const was = `SELECT (SELECT count(*) || ' ' || sum(id) || ' ' || sum(number) || ' ' || sum(code) || ' ' || count(DISTINCT name) FROM customer WHERE name LIKE 'customer %')
+			|| ' ' || (SELECT count(*) FROM invoice JOIN customer ON customer.id = invoice.customer WHERE name LIKE 'customer %')
+			|| ' ' || has_table_privilege('clerk', 'customer', 'SELECT') || has_table_privilege('clerk', 'customer', 'INSERT')`
+		equals(t, ctx, conn, "500 125250 125250 1297500 500 500 truefalse", was)
+		for range 20 { // the others' are UNIQUE as well
+			must(t, ctx, conn, fmt.Sprintf("WITH c AS (INSERT INTO customer (name) VALUES ('new at %d') RETURNING id) INSERT INTO invoice (customer) SELECT id FROM c", place))
+		}
+		equals(t, ctx, conn, 20, fmt.Sprintf("SELECT count(*)::int FROM customer WHERE name = 'new at %d' AND id > 500 AND number > 500 AND code > 5090 AND code %% 10 = 0", place))
+		check(t, conn.Close(ctx))
+	}
 }
 
 // TestWitness: two nodes with data and a witness survive the loss of either. The witness, which applies nothing, is not

@@ -84,7 +84,8 @@ func TestOperations(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	names := []string{"quorate ", binary + " ", " token", " " + filepath.Join(dir, "token")}
+	must(c.MakeWitness(4))
+	names := []string{"quorate ", binary + " ", " token)", " " + filepath.Join(dir, "token") + ")"}
 	back := []string{}
 	for i := 1; i <= 5; i++ {
 		file := "/etc/quorate/node" + strconv.Itoa(i) + ".yaml"
@@ -97,20 +98,23 @@ func TestOperations(t *testing.T) {
 		for _, command := range p.commands {
 			t.Log(command)
 			switch words := strings.Fields(command); words[1] {
-			case "run":
+			case "run", "join":
 				i := place(t, command, "node")
-				must(c.StartNode(i))
+				if c.NodeRuns(i) { // it was drained to be restarted
+					must(c.StopNode(i))
+				}
+				must(c.Shell(i, here.Replace(command)))
 				must(c.AwaitState(ctx, i, "active"))
-				continue
-			case "join":
-				i := place(t, command, "node")
-				must(c.Join(i, place(t, command, "--peer node")))
-				must(c.AwaitState(ctx, i, "active"))
+				if strings.Contains(command, " --replace ") {
+					old := place(t, command, "--replace ")
+					must(c.AwaitState(ctx, old, "removed"))
+					must(c.StopNode(old))
+				}
 				continue
 			case "remove": // of a node that is dead
 				must(c.StopNode(place(t, command, "remove ")))
 			case "recover":
-				must(c.StopNode(4))
+				must(c.StopNode(5))
 				must(c.StopNode(2))
 			case "token":
 				command = strings.Replace(command, "> token", "> "+filepath.Join(dir, "token"), 1)
@@ -119,8 +123,8 @@ func TestOperations(t *testing.T) {
 			}
 			said = output(t, ctx, here.Replace(command))
 			if strings.Contains(command, " resync ") {
-				awaitOther(t, ctx, c, 4, 4)
-				must(c.AwaitState(ctx, 4, "active"))
+				awaitOther(t, ctx, c, 5, 5)
+				must(c.AwaitState(ctx, 5, "active"))
 			}
 		}
 		got := strings.TrimSpace(there.Replace(said))
@@ -128,8 +132,6 @@ func TestOperations(t *testing.T) {
 			t.Errorf("%s prints\n%s\nand not\n%s", p.commands[len(p.commands)-1], got, p.prints)
 		}
 	}
-	must(c.StartNode(2))
-	must(c.AwaitState(ctx, 2, "active"))
 	must(c.Stop())
 }
 

@@ -18,7 +18,11 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// Version is the format that this build writes, and the only one it reads.
+// Version is the format that this build writes, and the newest and only one that it reads.
+//
+// Whoever makes another one: an entry may be written in it only when replication.Membership.Format says that every member can
+// read it. Members tell what they read in every announcement, and applicants when they ask, so that what is written never
+// gets ahead of anybody; and who is set back to a build that cannot read what the cluster may write by then fails and says so.
 const Version = 1
 
 // header is the version and the checksum.
@@ -102,6 +106,7 @@ type Member struct {
 	GatewayAddress  string
 	Version         string // of Quorate
 	PostgresVersion string
+	Format          uint32 // the newest format of entries that it can read; 0: 1
 }
 
 // Barrier marks an exact place in the order, at which every node does what Purpose asks for.

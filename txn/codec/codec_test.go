@@ -77,14 +77,14 @@ func generated(e codec.Entry) *logv1.Entry {
 		m := &logv1.Member{
 			Node: uint32(e.Member.Node), Incarnation: e.Member.Incarnation, RaftAddress: e.Member.RaftAddress,
 			GrpcAddress: e.Member.GRPCAddress, HttpAddress: e.Member.HTTPAddress, GatewayAddress: e.Member.GatewayAddress,
-			Version: e.Member.Version, PostgresVersion: e.Member.PostgresVersion,
+			Version: e.Member.Version, PostgresVersion: e.Member.PostgresVersion, Format: e.Member.Format,
 		}
 		return &logv1.Entry{Kind: &logv1.Entry_Member{Member: m}}
 	case codec.KindBarrier:
 		b := &logv1.Barrier{Id: gid(e.Barrier.ID), Purpose: e.Barrier.Purpose}
 		return &logv1.Entry{Kind: &logv1.Entry_Barrier{Barrier: b}}
 	case codec.KindFound:
-		f := &logv1.Found{Cluster: e.Found.Cluster[:]}
+		f := &logv1.Found{Cluster: e.Found.Cluster[:], MaxNodes: e.Found.MaxNodes}
 		if !e.Found.Previous.IsZero() {
 			f.Previous = e.Found.Previous[:]
 		}
@@ -96,7 +96,7 @@ func generated(e codec.Entry) *logv1.Entry {
 		a := &logv1.Admit{
 			Request: e.Admit.Request[:], Role: uint32(e.Admit.Role), Replaces: uint32(e.Admit.Replaces),
 			RaftAddress: e.Admit.RaftAddress, GrpcAddress: e.Admit.GRPCAddress, HttpAddress: e.Admit.HTTPAddress,
-			GatewayAddress: e.Admit.GatewayAddress, Version: e.Admit.Version,
+			GatewayAddress: e.Admit.GatewayAddress, Version: e.Admit.Version, Format: e.Admit.Format,
 		}
 		if use := e.Admit.Token; !use.ID.IsZero() {
 			a.Token, a.TokenHash, a.TokenTime = use.ID[:], use.Hash[:], use.Time
@@ -202,6 +202,7 @@ func entries() *rapid.Generator[codec.Entry] {
 				GatewayAddress:  text.Draw(t, "gateway"),
 				Version:         text.Draw(t, "version"),
 				PostgresVersion: text.Draw(t, "postgres"),
+				Format:          rapid.Uint32().Draw(t, "format"),
 			}
 		case codec.KindBarrier:
 			e.Barrier = &codec.Barrier{ID: gids().Draw(t, "gid"), Purpose: text.Draw(t, "purpose")}
@@ -210,6 +211,7 @@ func entries() *rapid.Generator[codec.Entry] {
 				return codec.Founder{Node: txn.NodeID(rapid.Uint32Min(1).Draw(t, "node")), Slot: rapid.Uint32().Draw(t, "slot"), Role: roles().Draw(t, "role")}
 			})
 			e.Found = &codec.Found{Cluster: uuids().Draw(t, "cluster"), Founders: rapid.SliceOfN(founder, 1, codec.MaxFounders).Draw(t, "founders")}
+			e.Found.MaxNodes = rapid.Uint32Range(0, codec.MostNodes).Draw(t, "most")
 			if rapid.Bool().Draw(t, "again") {
 				e.Found.Previous = uuids().Draw(t, "previous")
 			}
@@ -217,7 +219,7 @@ func entries() *rapid.Generator[codec.Entry] {
 			e.Admit = &codec.Admit{
 				Request: uuids().Draw(t, "request"), Role: roles().Draw(t, "role"), Replaces: txn.NodeID(rapid.Uint32().Draw(t, "replaces")),
 				RaftAddress: text.Draw(t, "raft"), GRPCAddress: text.Draw(t, "grpc"), HTTPAddress: text.Draw(t, "http"),
-				GatewayAddress: text.Draw(t, "gateway"), Version: text.Draw(t, "version"),
+				GatewayAddress: text.Draw(t, "gateway"), Version: text.Draw(t, "version"), Format: rapid.Uint32().Draw(t, "format"),
 			}
 			if rapid.Bool().Draw(t, "with a token") {
 				e.Admit.Token = codec.TokenUse{ID: uuids().Draw(t, "token"), Hash: codec.Hash(hashes().Draw(t, "hash")), Time: uints().Draw(t, "time")}

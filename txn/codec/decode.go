@@ -371,6 +371,8 @@ func (r *reader) member() *Member {
 			m.Version = r.text()
 		case 8:
 			m.PostgresVersion = r.text()
+		case 9:
+			m.Format = uint32(r.uint(math.MaxUint32))
 		default:
 			r.unknown()
 		}

@@ -74,7 +74,7 @@ func AppendHorizon(dst []byte, h txn.CSN) []byte {
 func AppendMember(dst []byte, m *Member) []byte {
 	invariant.Check(m.Node != 0, "encode a member that is no node")
 	texts := [...]string{m.RaftAddress, m.GRPCAddress, m.HTTPAddress, m.GatewayAddress, m.Version, m.PostgresVersion}
-	inner := sizeUint(uint64(m.Node)) + sizeFixed(m.Incarnation)
+	inner := sizeUint(uint64(m.Node)) + sizeFixed(m.Incarnation) + sizeUint(uint64(m.Format))
 	for i, s := range texts {
 		texts[i] = sanitize(s)
 		inner += sizeOptional(len(texts[i]))
@@ -87,6 +87,7 @@ func AppendMember(dst []byte, m *Member) []byte {
 	for i, s := range texts {
 		dst = appendString(dst, protowire.Number(3+i), s)
 	}
+	dst = appendUint(dst, 9, uint64(m.Format))
 	return finish(dst, start)
 }
 

@@ -50,7 +50,13 @@ type Found struct {
 	Cluster  txn.UUID
 	Previous txn.UUID // zero: none
 	Founders []Founder
+	// MaxNodes is how many members can have data at a time, for good: each sequence is divided among as many. 0: 16.
+	// A later founding does not change it.
+	MaxNodes uint32
 }
+
+// MostNodes bounds Found.MaxNodes.
+const MostNodes = 64
 
 // Founder is one of the first members.
 type Founder struct {
@@ -73,6 +79,7 @@ type Admit struct {
 	GatewayAddress string
 	Version        string // of Quorate
 	Token          TokenUse
+	Format         uint32 // as a Member's
 }
 
 // Remove ends a membership for good. What the node has not got into the log by then aborts.
@@ -83,11 +90,12 @@ type Remove struct {
 
 // AppendFound appends the entry of f to dst and returns the extended slice.
 func AppendFound(dst []byte, f *Found) []byte {
-	invariant.Check(!f.Cluster.IsZero() && len(f.Founders) > 0 && len(f.Founders) <= MaxFounders, "encode a founding of %s by %d", f.Cluster, len(f.Founders))
+	invariant.Check(!f.Cluster.IsZero() && len(f.Founders) > 0 && len(f.Founders) <= MaxFounders && f.MaxNodes <= MostNodes,
+		"encode a founding of %s by %d, for %d", f.Cluster, len(f.Founders), f.MaxNodes)
 	size := func(m Founder) int {
 		return sizeUint(uint64(m.Node)) + sizeUint(uint64(m.Slot)) + sizeUint(uint64(m.Role))
 	}
-	inner := sizeUUID(f.Cluster) + sizeUUID(f.Previous)
+	inner := sizeUUID(f.Cluster) + sizeUUID(f.Previous) + sizeUint(uint64(f.MaxNodes))
 	for _, m := range f.Founders {
 		invariant.Check(m.Node != 0, "encode a founder that is no node")
 		inner += sizeBytes(size(m))
@@ -103,6 +111,7 @@ func AppendFound(dst []byte, f *Found) []byte {
 		dst = appendUint(dst, 2, uint64(m.Slot))
 		dst = appendUint(dst, 3, uint64(m.Role))
 	}
+	dst = appendUint(dst, 4, uint64(f.MaxNodes))
 	return finish(dst, start)
 }
 
@@ -115,7 +124,7 @@ func AppendAdmit(dst []byte, a *Admit) []byte {
 		texts[i] = sanitize(s)
 		inner += sizeOptional(len(texts[i]))
 	}
-	inner += sizeTokenUse(a.Token)
+	inner += sizeTokenUse(a.Token) + sizeUint(uint64(a.Format))
 	start := len(dst)
 	dst = begin(dst)
 	dst = appendHead(dst, protowire.Number(KindAdmit), inner)
@@ -126,6 +135,7 @@ func AppendAdmit(dst []byte, a *Admit) []byte {
 		dst = appendString(dst, protowire.Number(4+i), s)
 	}
 	dst = appendTokenUse(dst, a.Token)
+	dst = appendUint(dst, 12, uint64(a.Format))
 	return finish(dst, start)
 }
 
@@ -181,6 +191,8 @@ func (r *reader) found() *Found {
 			f.Previous = r.uuid()
 		case r.field == 3 && len(f.Founders) < MaxFounders:
 			f.Founders = append(f.Founders, r.founder())
+		case r.field == 4 && f.MaxNodes == 0:
+			f.MaxNodes = uint32(r.uint(MostNodes))
 		default:
 			r.unknown()
 		}
@@ -240,6 +252,8 @@ func (r *reader) admit() *Admit {
 			a.Token.Hash, hashed = r.hash(), true
 		case 11:
 			a.Token.Time = r.uint(math.MaxUint64)
+		case 12:
+			a.Format = uint32(r.uint(math.MaxUint32))
 		default:
 			r.unknown()
 		}

@@ -133,6 +133,7 @@ type StatusResponse struct {
 	Csn           uint64    `protobuf:"varint,6,opt,name=csn,proto3" json:"csn,omitempty"`                                    // the newest transaction that is known, to any member that answered, to commit
 	Members       []*Member `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
 	ClusterId     []byte    `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // 16 bytes: of two that go on from the same one after a forced recovery, which
+	MaxNodes      uint32    `protobuf:"varint,9,opt,name=max_nodes,json=maxNodes,proto3" json:"max_nodes,omitempty"`   // how many nodes can have data at a time; 0: not known yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -221,6 +222,13 @@ func (x *StatusResponse) GetClusterId() []byte {
 		return x.ClusterId
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetMaxNodes() uint32 {
+	if x != nil {
+		return x.MaxNodes
+	}
+	return 0
 }
 
 // Member is one node. Except for id and addresses, which are configured, everything comes from the member itself and
@@ -790,7 +798,7 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x18quorate/v1/cluster.proto\x12\n" +
 	"quorate.v1\x1a\x1aquorate/v1/heartbeat.proto\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
-	"\x05local\x18\x01 \x01(\bR\x05local\"\xec\x01\n" +
+	"\x05local\x18\x01 \x01(\bR\x05local\"\x89\x02\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\rR\x04node\x12\x16\n" +
@@ -800,7 +808,8 @@ const file_quorate_v1_cluster_proto_rawDesc = "" +
 	"\x03csn\x18\x06 \x01(\x04R\x03csn\x12,\n" +
 	"\amembers\x18\a \x03(\v2\x12.quorate.v1.MemberR\amembers\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\b \x01(\fR\tclusterId\"\xe4\x05\n" +
+	"cluster_id\x18\b \x01(\fR\tclusterId\x12\x1b\n" +
+	"\tmax_nodes\x18\t \x01(\rR\bmaxNodes\"\xe4\x05\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12!\n" +

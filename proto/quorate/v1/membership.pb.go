@@ -276,6 +276,8 @@ type AddRequest struct {
 	// 16 bytes, of a node that replaces a member: the cluster that it belongs to. Another one, which goes on from an earlier one
 	// under the same name, answers ABORTED. Empty or zero: any.
 	ClusterId     []byte `protobuf:"bytes,12,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	LogFormat     uint32 `protobuf:"varint,13,opt,name=log_format,json=logFormat,proto3" json:"log_format,omitempty"` // the newest format of log entries that the node can read; 0: 1
+	Supersedes    uint32 `protobuf:"varint,14,opt,name=supersedes,proto3" json:"supersedes,omitempty"`                // a member that the node will have leave when it is active itself; 0: nobody
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -392,6 +394,20 @@ func (x *AddRequest) GetClusterId() []byte {
 		return x.ClusterId
 	}
 	return nil
+}
+
+func (x *AddRequest) GetLogFormat() uint32 {
+	if x != nil {
+		return x.LogFormat
+	}
+	return 0
+}
+
+func (x *AddRequest) GetSupersedes() uint32 {
+	if x != nil {
+		return x.Supersedes
+	}
+	return 0
 }
 
 type AddResponse struct {
@@ -1193,7 +1209,7 @@ const file_quorate_v1_membership_proto_rawDesc = "" +
 	"\aversion\x18\n" +
 	" \x01(\tR\aversion\x12)\n" +
 	"\x10postgres_version\x18\v \x01(\tR\x0fpostgresVersionB\a\n" +
-	"\x05_slot\"\xfc\x02\n" +
+	"\x05_slot\"\xbb\x03\n" +
 	"\n" +
 	"AddRequest\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\fR\arequest\x12\x12\n" +
@@ -1209,7 +1225,12 @@ const file_quorate_v1_membership_proto_rawDesc = "" +
 	" \x01(\tR\x05token\x12\x18\n" +
 	"\acluster\x18\v \x01(\tR\acluster\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\f \x01(\fR\tclusterId\"p\n" +
+	"cluster_id\x18\f \x01(\fR\tclusterId\x12\x1d\n" +
+	"\n" +
+	"log_format\x18\r \x01(\rR\tlogFormat\x12\x1e\n" +
+	"\n" +
+	"supersedes\x18\x0e \x01(\rR\n" +
+	"supersedes\"p\n" +
 	"\vAddResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1d\n" +
 	"\n" +

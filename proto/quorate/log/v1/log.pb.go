@@ -652,6 +652,7 @@ type Member struct {
 	GatewayAddress  string                 `protobuf:"bytes,6,opt,name=gateway_address,json=gatewayAddress,proto3" json:"gateway_address,omitempty"`
 	Version         string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
 	PostgresVersion string                 `protobuf:"bytes,8,opt,name=postgres_version,json=postgresVersion,proto3" json:"postgres_version,omitempty"`
+	Format          uint32                 `protobuf:"varint,9,opt,name=format,proto3" json:"format,omitempty"` // the newest format of entries that it can read; absent: 1
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -742,6 +743,13 @@ func (x *Member) GetPostgresVersion() string {
 	return ""
 }
 
+func (x *Member) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
 // Barrier marks an exact place in the order at which every node does the same thing.
 type Barrier struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -802,6 +810,7 @@ type Found struct {
 	Cluster       []byte                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`   // 16 bytes
 	Previous      []byte                 `protobuf:"bytes,2,opt,name=previous,proto3" json:"previous,omitempty"` // 16 bytes, or absent
 	Founders      []*Founder             `protobuf:"bytes,3,rep,name=founders,proto3" json:"founders,omitempty"`
+	MaxNodes      uint32                 `protobuf:"varint,4,opt,name=max_nodes,json=maxNodes,proto3" json:"max_nodes,omitempty"` // how many members can have data at a time, for good; absent: 16
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -855,6 +864,13 @@ func (x *Found) GetFounders() []*Founder {
 		return x.Founders
 	}
 	return nil
+}
+
+func (x *Found) GetMaxNodes() uint32 {
+	if x != nil {
+		return x.MaxNodes
+	}
+	return 0
 }
 
 type Founder struct {
@@ -933,6 +949,7 @@ type Admit struct {
 	Token         []byte `protobuf:"bytes,9,opt,name=token,proto3" json:"token,omitempty"`                           // 16 bytes
 	TokenHash     []byte `protobuf:"bytes,10,opt,name=token_hash,json=tokenHash,proto3" json:"token_hash,omitempty"` // 32 bytes
 	TokenTime     uint64 `protobuf:"varint,11,opt,name=token_time,json=tokenTime,proto3" json:"token_time,omitempty"`
+	Format        uint32 `protobuf:"varint,12,opt,name=format,proto3" json:"format,omitempty"` // as a Member's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1040,6 +1057,13 @@ func (x *Admit) GetTokenHash() []byte {
 func (x *Admit) GetTokenTime() uint64 {
 	if x != nil {
 		return x.TokenTime
+	}
+	return 0
+}
+
+func (x *Admit) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
 	}
 	return 0
 }
@@ -1332,7 +1356,7 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\x03gid\x18\x01 \x01(\v2\x13.quorate.log.v1.GIDR\x03gid\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\rR\x06reason\"\x1b\n" +
 	"\aHorizon\x12\x10\n" +
-	"\x03csn\x18\x01 \x01(\x04R\x03csn\"\x95\x02\n" +
+	"\x03csn\x18\x01 \x01(\x04R\x03csn\"\xad\x02\n" +
 	"\x06Member\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12!\n" +
@@ -1341,18 +1365,20 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"\fhttp_address\x18\x05 \x01(\tR\vhttpAddress\x12'\n" +
 	"\x0fgateway_address\x18\x06 \x01(\tR\x0egatewayAddress\x12\x18\n" +
 	"\aversion\x18\a \x01(\tR\aversion\x12)\n" +
-	"\x10postgres_version\x18\b \x01(\tR\x0fpostgresVersion\"H\n" +
+	"\x10postgres_version\x18\b \x01(\tR\x0fpostgresVersion\x12\x16\n" +
+	"\x06format\x18\t \x01(\rR\x06format\"H\n" +
 	"\aBarrier\x12#\n" +
 	"\x02id\x18\x01 \x01(\v2\x13.quorate.log.v1.GIDR\x02id\x12\x18\n" +
-	"\apurpose\x18\x02 \x01(\tR\apurpose\"r\n" +
+	"\apurpose\x18\x02 \x01(\tR\apurpose\"\x8f\x01\n" +
 	"\x05Found\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\fR\acluster\x12\x1a\n" +
 	"\bprevious\x18\x02 \x01(\fR\bprevious\x123\n" +
-	"\bfounders\x18\x03 \x03(\v2\x17.quorate.log.v1.FounderR\bfounders\"E\n" +
+	"\bfounders\x18\x03 \x03(\v2\x17.quorate.log.v1.FounderR\bfounders\x12\x1b\n" +
+	"\tmax_nodes\x18\x04 \x01(\rR\bmaxNodes\"E\n" +
 	"\aFounder\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x12\n" +
 	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
-	"\x04role\x18\x03 \x01(\rR\x04role\"\xd1\x02\n" +
+	"\x04role\x18\x03 \x01(\rR\x04role\"\xe9\x02\n" +
 	"\x05Admit\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\fR\arequest\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\rR\x04role\x12\x1a\n" +
@@ -1367,7 +1393,8 @@ const file_quorate_log_v1_log_proto_rawDesc = "" +
 	"token_hash\x18\n" +
 	" \x01(\fR\ttokenHash\x12\x1d\n" +
 	"\n" +
-	"token_time\x18\v \x01(\x04R\ttokenTime\"m\n" +
+	"token_time\x18\v \x01(\x04R\ttokenTime\x12\x16\n" +
+	"\x06format\x18\f \x01(\rR\x06format\"m\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04hash\x18\x02 \x01(\fR\x04hash\x12\x12\n" +
