@@ -88,7 +88,9 @@ func joinCommand() *cobra.Command {
 			if err := applyAt(cfg, file, peers, token, txn.NodeID(replace)); err != nil {
 				return err
 			}
-			return runNode(cmd.Context(), file, cmd.ErrOrStderr(), func(ctx context.Context, n *node.Node) { showJoining(ctx, n, cmd.OutOrStdout()) })
+			return runNode(cmd.Context(), file, cmd.ErrOrStderr(), func(ctx context.Context, n *node.Node) {
+				showJoining(ctx, func() joinProgress { return joinProgressOf(n) }, cmd.OutOrStdout(), isTerminal(cmd.OutOrStdout()))
+			})
 		},
 	}
 	f := cmd.Flags()
@@ -144,28 +146,53 @@ const (
 	lineInterval = 5 * time.Second
 )
 
-// showJoining shows how far a node is, until it is a member: as a bar on a terminal, else as lines.
-func showJoining(ctx context.Context, n *node.Node, out io.Writer) {
-	terminal := false
-	if f, ok := out.(*os.File); ok {
-		info, err := f.Stat()
-		terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
+// joinProgress is how far a node is on its way into a cluster.
+type joinProgress struct {
+	node, state, reason string
+	copying             *copyProgress // nil: nothing is being copied, or how much there is is not known yet
+}
+
+// copyProgress is how far its copy of another member's data is.
+type copyProgress struct {
+	phase, donor string
+	bytes, total uint64
+	rate         float64       // bytes per second
+	left         time.Duration // negative: not known
+}
+
+func joinProgressOf(n *node.Node) joinProgress {
+	s := n.Status()
+	p := joinProgress{node: n.ID().String(), state: s.State, reason: s.Reason}
+	if c, ok := n.Cloning(); ok && c.Total > 0 {
+		now := time.Now()
+		p.copying = &copyProgress{phase: string(c.Phase), donor: c.Donor.String(), bytes: c.Bytes, total: c.Total, rate: c.Rate(now), left: -1}
+		if left, known := c.ETA(now); known {
+			p.copying.left = left
+		}
 	}
+	return p
+}
+
+// showJoining shows how far a node is, until it is a member: as a bar on a terminal, else as lines.
+func showJoining(ctx context.Context, look func() joinProgress, out io.Writer, terminal bool) {
 	ticker := time.NewTicker(barInterval)
 	defer ticker.Stop()
 	var last string
 	var shown time.Time
 	for {
-		s, text := n.Status(), progressText(n)
-		p, _ := n.Cloning()
-		switch changed := s.State + s.Reason + string(p.Phase); {
+		p := look()
+		changed := p.state + p.reason
+		if p.copying != nil {
+			changed += p.copying.phase
+		}
+		switch {
 		case terminal:
-			fmt.Fprintf(out, "\r\x1b[K%s", text)
-		case changed != last || time.Since(shown) > lineInterval:
-			fmt.Fprintln(out, text)
+			fmt.Fprintf(out, "\r\x1b[K%s", p)
+		case changed != last || time.Since(shown) >= lineInterval:
+			fmt.Fprintln(out, p)
 			last, shown = changed, time.Now()
 		}
-		if s.State == "active" || s.State == "failed" || s.State == "removed" {
+		if p.state == "active" || p.state == "failed" || p.state == "removed" {
 			if terminal {
 				fmt.Fprintln(out)
 			}
@@ -181,23 +208,21 @@ func showJoining(ctx context.Context, n *node.Node, out io.Writer) {
 
 const barWidth = 30
 
-func progressText(n *node.Node) string {
-	s := n.Status()
-	p, cloning := n.Cloning()
-	if !cloning || p.Total == 0 {
-		text := "node " + n.ID().String() + " is " + s.State
-		if s.Reason != "" {
-			text += ": " + s.Reason
+func (p joinProgress) String() string {
+	c := p.copying
+	if c == nil {
+		text := "node " + p.node + " is " + p.state
+		if p.reason != "" {
+			text += ": " + p.reason
 		}
 		return text
 	}
-	now := time.Now()
-	share := float64(min(p.Bytes, p.Total)) / float64(p.Total)
+	share := float64(min(c.bytes, c.total)) / float64(c.total) // the total is estimated
 	filled := int(share * barWidth)
-	text := fmt.Sprintf("%s from node %s [%s%s] %3.0f%%, %s of %s, %s/s", p.Phase, p.Donor, strings.Repeat("#", filled), strings.Repeat(".", barWidth-filled),
-		100*share, bytesText(p.Bytes), bytesText(p.Total), bytesText(uint64(p.Rate(now))))
-	if eta, ok := p.ETA(now); ok {
-		text += fmt.Sprintf(", %v left", eta.Round(time.Second))
+	text := fmt.Sprintf("%s from node %s [%s%s] %3.0f%%, %s of %s, %s/s", c.phase, c.donor, strings.Repeat("#", filled), strings.Repeat(".", barWidth-filled),
+		100*share, bytesText(c.bytes), bytesText(c.total), bytesText(uint64(c.rate)))
+	if c.left >= 0 {
+		text += fmt.Sprintf(", %v left", c.left.Round(time.Second))
 	}
 	return text
 }
