@@ -170,5 +170,6 @@ func certClientCommand() *cobra.Command {
 			f.path("ca.crt"), f.path(r.Name+".crt"), f.path(r.Name+".key"))
 	})
 	cmd.Flags().StringVar(&role, "role", "", "`role`: read or operate (required)")
+	_ = cmd.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"read", "operate"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

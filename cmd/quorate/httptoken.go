@@ -48,6 +48,7 @@ func httpTokenCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&name, "name", "", "whose `name` is shown in logs (required)")
 	cmd.Flags().StringVar(&role, "role", "", "`role`: read or operate (required)")
+	_ = cmd.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"read", "operate"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().StringVar(&file, "file", "", "the `file` of tokens, made where missing (required)")
 	return cmd
 }

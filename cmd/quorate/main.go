@@ -49,7 +49,32 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	// from the kernel too, which tells a child of the death of each thread of its parent.
 	context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, stop) })
 
+	root := rootCommand()
 	understood := false // whether the command line made sense
+	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
+	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintln(stderr, "quorate:", err)
+	var wrong *config.Error
+	switch {
+	case errors.Is(err, errDegraded):
+		return exitDegraded
+	case errors.Is(err, errNoQuorum):
+		return exitNoQuorum
+	}
+	if !understood || errors.As(err, &wrong) || errors.Is(err, errUsage) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+// rootCommand returns the command with all commands below it.
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "quorate",
 		Short: "Synchronous multimaster for stock PostgreSQL",
@@ -63,14 +88,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			"  quorate status --address 127.0.0.1:6201       # how are they?\n" +
 			"  quorate watch --address 127.0.0.1:6201        # the same, live\n" +
 			"  source <(quorate completion bash)             # let the shell complete commands and flags",
-		SilenceErrors:    true,
-		SilenceUsage:     true,
-		PersistentPreRun: func(*cobra.Command, []string) { understood = true },
+		SilenceErrors: true,
+		SilenceUsage:  true,
 	}
 	root.AddGroup(&cobra.Group{ID: groupLook, Title: "Look at a cluster:"}, &cobra.Group{ID: groupChange, Title: "Change a cluster:"})
-	root.SetArgs(append([]string{}, args...)) // nil would mean the arguments of the process
-	root.SetOut(stdout)
-	root.SetErr(stderr)
 	root.AddCommand(
 		initCommand(),
 		joinCommand(),
@@ -100,22 +121,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		logCommand(),
 		versionCommand(),
 	)
-	err := root.ExecuteContext(ctx)
-	if err == nil {
-		return exitOK
-	}
-	fmt.Fprintln(stderr, "quorate:", err)
-	var wrong *config.Error
-	switch {
-	case errors.Is(err, errDegraded):
-		return exitDegraded
-	case errors.Is(err, errNoQuorum):
-		return exitNoQuorum
-	}
-	if !understood || errors.As(err, &wrong) || errors.Is(err, errUsage) {
-		return exitUsage
-	}
-	return exitFailure
+	showExamples(root)
+	return root
 }
 
 // The groups of commands, in the help.

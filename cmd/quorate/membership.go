@@ -12,9 +12,9 @@ import (
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 )
 
-// askMembership makes a command that calls the service. said returns what to print afterwards.
-func askMembership(cmd *cobra.Command, timeout time.Duration, call func(context.Context, pb.MembershipClient, []string) (said string, err error)) *cobra.Command {
-	var at target
+// askMembership makes a command that calls the service. said returns what to print afterwards. It returns whom the command asks.
+func askMembership(cmd *cobra.Command, timeout time.Duration, call func(context.Context, pb.MembershipClient, []string) (said string, err error)) *target {
+	at := new(target)
 	cmd.GroupID = groupChange
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		conn, err := at.dial()
@@ -34,7 +34,31 @@ func askMembership(cmd *cobra.Command, timeout time.Duration, call func(context.
 	}
 	at.flags(cmd)
 	cmd.Flags().DurationVar(&timeout, "timeout", timeout, "how long to wait for an answer")
-	return cmd
+	return at
+}
+
+// completeNodes offers the members to a shell, if the node that the command would ask tells them at once.
+func (t *target) completeNodes(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	const none = cobra.ShellCompDirectiveNoFileComp
+	if len(args) > 0 {
+		return nil, none
+	}
+	conn, err := t.dial()
+	if err != nil {
+		return nil, none // the command itself will say what is wrong
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	defer cancel()
+	list, err := pb.NewMembershipClient(conn).List(ctx, &pb.ListMembersRequest{})
+	if err != nil {
+		return nil, none
+	}
+	var all []cobra.Completion
+	for _, m := range list.Members {
+		all = append(all, cobra.CompletionWithDesc(strconv.FormatUint(uint64(m.Id), 10), m.GrpcAddress))
+	}
+	return all, none
 }
 
 // nodeArgument reads a node's id.
@@ -49,13 +73,14 @@ func nodeArgument(text string) (uint32, error) {
 // aboutNode makes a command about one node, which is its argument.
 func aboutNode(cmd *cobra.Command, timeout time.Duration, call func(context.Context, pb.MembershipClient, uint32) (string, error)) *cobra.Command {
 	cmd.Args = cobra.ExactArgs(1)
-	askMembership(cmd, timeout, func(ctx context.Context, c pb.MembershipClient, args []string) (string, error) {
+	at := askMembership(cmd, timeout, func(ctx context.Context, c pb.MembershipClient, args []string) (string, error) {
 		id, err := nodeArgument(args[0])
 		if err != nil {
 			return "", err
 		}
 		return call(ctx, c, id)
 	})
+	cmd.ValidArgsFunction = at.completeNodes
 	ask := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if _, err := nodeArgument(args[0]); err != nil {
@@ -162,10 +187,11 @@ func resyncCommand() *cobra.Command {
 func transferLeadershipCommand() *cobra.Command {
 	var to uint32
 	cmd := &cobra.Command{Use: "transfer-leadership [--to NODE]", Short: "Let another voter lead", Args: cobra.NoArgs}
-	askMembership(cmd, changeTimeout, func(ctx context.Context, c pb.MembershipClient, _ []string) (string, error) {
+	at := askMembership(cmd, changeTimeout, func(ctx context.Context, c pb.MembershipClient, _ []string) (string, error) {
 		resp, err := c.TransferLeadership(ctx, &pb.TransferLeadershipRequest{To: to})
 		return fmt.Sprintf("node %d leads", resp.GetLeader()), err
 	})
 	cmd.Flags().Uint32Var(&to, "to", 0, "the `node` that is to lead (default: whoever has most of the log)")
+	_ = cmd.RegisterFlagCompletionFunc("to", at.completeNodes) // the only error is that there is no such flag
 	return cmd
 }

@@ -249,7 +249,6 @@ func eventsCommand() *cobra.Command {
 			"recoveries, fencing. Members keep their events on disk, some thousands each. Times are of the clock of the member that noted it.\n\n" +
 			"With --follow the latest events come first, the oldest of them first, and then those that happen, until interrupted; each member's in their order and " +
 			"each once, also when the asked node, or another, was away in between. With -o json each event is a line, with -o yaml a document.",
-		Example: "  quorate events --config /etc/quorate.yaml --since 1h --severity warning\n  quorate events --address 127.0.0.1:6201 --follow -o json | jq .text",
 		GroupID: groupLook,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

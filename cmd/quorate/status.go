@@ -21,7 +21,6 @@ func statusCommand() *cobra.Command {
 		Short: "Show on one screen how the cluster is",
 		Long: "Ask a node, and by way of it all members, how they are. A member that does not answer within a second is shown as such.\n\n" +
 			"With --check the exit code is 0 if all members are active, 3 if some are not, and 4 if the asked node cannot take writes for lack of a quorum.",
-		Example: "  quorate status --address 127.0.0.1:6201\n  quorate status --config /etc/quorate.yaml -o json\n  quorate status --address 127.0.0.1:6201 --check >/dev/null || page-somebody",
 		GroupID: groupLook,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

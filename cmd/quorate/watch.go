@@ -32,7 +32,6 @@ func watchCommand() *cobra.Command {
 		Short: "Show the cluster as it changes",
 		Long: "Show the cluster as it changes, until interrupted: members, who hears whom, the latest events. Changes are pushed by the node. When it cannot be " +
 			"reached that is said, and it is asked again. With -o json each state is a line, with -o yaml a document.",
-		Example: "  quorate watch --address 127.0.0.1:6201\n  quorate watch --address 127.0.0.1:6201 -o json | jq .quorum",
 		GroupID: groupLook,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
@@ -274,35 +273,6 @@ func TestSQL(t *testing.T) {
 	}
 }
 
-// grpcurl is what administrators without our command line use.
-const grpcurl = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
-
-func TestGRPCurl(t *testing.T) {
-	c, ctx := start(t)
-	call := func(args ...string) string {
-		t.Helper()
-		return execute(t, ctx, nil, "go", append([]string{"run", grpcurl, "-plaintext"}, args...)...)
-	}
-	list := call(c.GRPC(1), "list")
-	for _, service := range []string{"quorate.v1.Cluster", "quorate.v1.Observe", "grpc.health.v1.Health"} {
-		if !strings.Contains(list, service+"\n") {
-			t.Errorf("there is no %s in\n%s", service, list)
-		}
-	}
-	if out := call("-max-time", "10", c.GRPC(1), "quorate.v1.Cluster/Status"); !strings.Contains(out, `"acceptsWrites": true`) {
-		t.Errorf("Status: %s", out)
-	}
-	var happened struct {
-		Events []struct{ Kind string }
-	}
-	if err := json.Unmarshal([]byte(call("-d", `{"limit": 5, "local": true}`, c.GRPC(1), "quorate.v1.Observe/Events")), &happened); err != nil || len(happened.Events) == 0 {
-		t.Errorf("Events: %v, %v", happened, err)
-	}
-	if out := call(c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"SERVING"`) {
-		t.Errorf("Health: %s", out)
-	}
-}
-
 // A node that dies is missed within two seconds by everybody, in whatever way one looks, and so is its coming back.
 func TestLosses(t *testing.T) {
 	c, ctx := start(t)
@@ -366,7 +336,7 @@ func TestLosses(t *testing.T) {
 	if code, out, _ := quorate(t, ctx, c, 1, "status", "--check"); code != 4 || !strings.Contains(out, "NO QUORUM") {
 		t.Errorf("status --check without quorum: %d\n%s", code, out)
 	}
-	if out := execute(t, ctx, nil, "go", "run", grpcurl, "-plaintext", c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"NOT_SERVING"`) {
+	if out := execute(t, ctx, nil, grpcurl(t, ctx), "-plaintext", c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"NOT_SERVING"`) {
 		t.Errorf("health without quorum: %s", out)
 	}
 	if status, _, err := get(ctx, "GET", "http://"+c.HTTP(1)+"/liveness"); status != 200 || err != nil {
