@@ -88,6 +88,7 @@ func TestOutsiders(t *testing.T) {
 	t.Run("gateway", func(t *testing.T) { o.gateway(t, ctx); works(t) })
 	t.Run("HTTP", func(t *testing.T) { o.http(t, ctx); works(t) })
 	t.Run("roles", func(t *testing.T) { o.roles(t, ctx); works(t) })
+	t.Run("grpcurl", func(t *testing.T) { o.grpcurl(t, ctx); works(t) })
 	t.Run("tokens", func(t *testing.T) { o.tokens(t, ctx); works(t) })
 	t.Run("patience", func(t *testing.T) { o.silence(t); works(t) })
 	t.Run("crowds", func(t *testing.T) { o.crowd(t, func() { works(t) }); works(t) })

@@ -3,7 +3,10 @@ package security
 import (
 	"context"
 	"crypto/tls"
+	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -60,12 +63,39 @@ func (o *outsider) roles(t *testing.T, ctx context.Context) {
 		conn, may := dial(tc.role), slices.Concat(tc.may...)
 		for _, method := range all {
 			if slices.Contains(may, method) {
+				// Who may look gets an answer; what acts is tested where it does.
+				if !slices.Contains(operate, method) && refused(call(ctx, conn, method)) {
+					t.Errorf("role %s is refused %s", tc.role, method)
+				}
 				continue
 			}
 			if code := call(ctx, conn, method); code != codes.PermissionDenied {
 				t.Errorf("role %s calls %s: %s", tc.role, method, code)
 			}
 		}
+	}
+}
+
+func refused(code codes.Code) bool {
+	return code == codes.PermissionDenied || code == codes.Unauthenticated
+}
+
+// grpcurl is what administrators without our command line use: with a certificate it answers, without it does not.
+func (o *outsider) grpcurl(t *testing.T, ctx context.Context) {
+	const tool = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
+	in := o.c.CertDir()
+	run := func(args ...string) (string, error) {
+		out, err := exec.CommandContext(ctx, "go", append([]string{"run", tool, "-max-time", "20", "-cacert", filepath.Join(in, "ca.crt")}, args...)...).CombinedOutput()
+		return string(out), err
+	}
+	known := []string{"-cert", filepath.Join(in, "operator.crt"), "-key", filepath.Join(in, "operator.key"), o.ports["grpc"]}
+	for call, want := range map[string]string{"list": "quorate.v1.Observe\n", "quorate.v1.Cluster/Status": `"acceptsWrites": true`} {
+		if out, err := run(append(known[:len(known):len(known)], call)...); err != nil || !strings.Contains(out, want) {
+			t.Errorf("%s with a certificate: %v\n%s", call, err, out)
+		}
+	}
+	if out, err := run(o.ports["grpc"], "list"); err == nil || tells(out) {
+		t.Errorf("without a certificate: %v\n%s", err, out)
 	}
 }
 
