@@ -18,6 +18,7 @@ import (
 	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
 // TestLogForgetsOnlyWhatIsDurable: what a snapshot covers, the node's own transactions included, is still there after
@@ -251,8 +252,35 @@ func TestForceNewClusterTwice(t *testing.T) {
 	if _, _, err := n.lead(ctx); err != nil {
 		t.Error(err)
 	}
-	if err := n.Close(ctx); err != nil {
+	stopsAtNewerEntry(t, ctx, cfg, n)
+}
+
+// stopsAtNewerEntry gives a node an entry of the next format, as a member with a newer release may write: it stops before it, says
+// why, and does not get beyond it in its next start either. The node is closed.
+func stopsAtNewerEntry(t *testing.T, ctx context.Context, cfg config.Config, n *Node) {
+	t.Helper()
+	entry := codec.AppendHorizon(nil, 1)
+	entry[0]++
+	if _, err := n.consensus.Load().Propose(ctx, entry); err != nil {
 		t.Fatal(err)
+	}
+	for start := range 2 {
+		if start > 0 {
+			var err error
+			if n, err = Open(ctx, cfg, claim(t, cfg), "test", slog.New(slog.NewTextHandler(t.Output(), nil))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for n.states.current().name == stateActive && ctx.Err() == nil { // before it has read it
+			time.Sleep(time.Millisecond)
+		}
+		awaitFailed(t, ctx, n)
+		if s := n.states.current(); !strings.Contains(s.reason, fmt.Sprintf("format version %d", codec.Version+1)) || !strings.Contains(s.reason, "upgrade this node") {
+			t.Errorf("it says %q", s.reason)
+		}
+		if err := n.Close(ctx); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

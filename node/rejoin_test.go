@@ -285,3 +285,29 @@ func TestDispensable(t *testing.T) {
 		t.Errorf("a witness has no data: %v", err)
 	}
 }
+
+// TestApplicants: who cannot be a member hears why, in numbers, before the log does.
+func TestApplicants(t *testing.T) {
+	n := withOther(t, &other{}, config.StateMember)
+	in := replication.Membership{Format: 2, MaxNodes: 2, Members: []replication.Member{
+		{Member: codec.Member{Node: 1, Incarnation: 1}}, {Member: codec.Member{Node: 2, Incarnation: 1}, Slot: 1}, {Member: codec.Member{Node: 3}, Role: codec.RoleWitness, Slot: replication.NoSlot},
+	}}
+	for _, c := range []struct {
+		role     string
+		format   uint32
+		replaces txn.NodeID
+		says     string
+	}{
+		{config.RoleWitness, 1, 0, "reads the log up to format 1, and the cluster writes format 2"},
+		{config.RoleWitness, 0, 0, "up to format 1,"},
+		{config.RoleWitness, 2, 0, ""},
+		{config.RoleData, 3, 0, "2 nodes with data, and was founded for at most 2 (max_nodes)"},
+		{config.RoleData, 2, 3, "at most 2"}, // a witness leaves no place for data
+		{config.RoleData, 2, 2, ""},
+	} {
+		err := n.checkApplicant(in, admin.Applicant{Role: c.role, Format: c.format, Replaces: c.replaces, Member: admin.Member{Raft: "h:3", GRPC: "h:4"}})
+		if c.says == "" && err != nil || c.says != "" && (status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}

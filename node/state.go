@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
 // The states of a node, as "quorate status" and the metrics show them. Only an active one takes clients.
@@ -89,9 +90,10 @@ func (s *states) Collect(ch chan<- prometheus.Metric) {
 var stateDesc = prometheus.NewDesc("quorate_node_state", "1 for the state that the node is in, 0 for the others.", []string{"state"}, nil)
 
 // hopeless reports whether an incarnation that ended with err would end so again, whatever happens to the server: its
-// data contradict the log, or the log cannot be read. Everything else, a lack of connections or disk say, may pass.
+// data contradict the log, or the log cannot be read, by this build at least. Everything else, a lack of connections or disk say, may pass.
 func hopeless(err error) bool {
-	return errors.Is(err, txn.ErrDiverged) || errors.Is(err, txn.ErrCorrupt)
+	var newer *codec.VersionError
+	return errors.Is(err, txn.ErrDiverged) || errors.Is(err, txn.ErrCorrupt) || errors.As(err, &newer)
 }
 
 // patience spaces attempts to take PostgreSQL up again: the first is made at once, the next ones ever later, until

@@ -12,6 +12,7 @@ import (
 
 	"github.com/quorate/quorate/replication/apply"
 	"github.com/quorate/quorate/txn"
+	"github.com/quorate/quorate/txn/codec"
 )
 
 func TestStates(t *testing.T) {
@@ -60,6 +61,7 @@ func TestWhatIsHopeless(t *testing.T) {
 	}{
 		{fmt.Errorf("apply: %w", &apply.Divergence{CSN: 7, Operation: "UPDATE", Table: "public.t", Expected: 1}), true, "apply: apply transaction 7 UPDATE public.t"},
 		{fmt.Errorf("decode log entry 3: %w", txn.ErrCorrupt), true, "decode log entry 3"},
+		{fmt.Errorf("decode log entry 3: %w", &codec.VersionError{Version: 9}), true, "decode log entry 3"},
 		{fmt.Errorf("apply: %w", apply.ErrServerLost), false, serverAway},
 		{errServerStopped, false, serverAway},
 		{errors.New("apply: no space left on device"), false, "apply: no space left on device"},
