@@ -117,8 +117,9 @@ func (c *Cluster) place(i int, witness bool) error {
 }
 
 // Join starts a node at a place that has none, with "quorate join" by way of another, and returns at once.
-func (c *Cluster) Join(i, by int) error {
-	p, err := startProcess(startHere, filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i)), c.options.Binary, "join", "--config", c.Config(i), "--peer", c.GRPC(by))
+func (c *Cluster) Join(i, by int, more ...string) error {
+	args := append([]string{"join", "--config", c.Config(i), "--peer", c.GRPC(by)}, more...)
+	p, err := startProcess(startHere, filepath.Join(c.root, fmt.Sprintf("run-node%d.log", i)), c.options.Binary, args...)
 	if err != nil {
 		return fmt.Errorf("join node at %d: %w", i, err)
 	}

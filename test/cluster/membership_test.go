@@ -448,7 +448,7 @@ func checkPopulated(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 // taken for one that lags, nor for one whose PostgreSQL is down.
 func TestWitness(t *testing.T) {
 	t.Parallel()
-	c, ctx := grown(t, 3, "limits: {lag: 16}\n")
+	c, ctx := grown(t, 4, "limits: {lag: 16}\n")
 	check(t, c.JoinWitness(3, 1))
 	check(t, c.AwaitState(ctx, 3, "active"))
 	check(t, c.Join(2, 1))
@@ -493,11 +493,24 @@ func TestWitness(t *testing.T) {
 		writeAt(t, ctx, c, lost, lost+10)
 	}
 	resync(t, ctx, c, 3, 1) // as it does when the log has left it behind
-	if _, err := c.Change(ctx, "remove", 1, 3); err != nil {
+	dead, err := c.ID(ctx, 3)
+	check(t, err)
+	check(t, c.StopNode(3))
+	check(t, c.MakeWitness(4))
+	check(t, c.Join(4, 1, "--replace", fmt.Sprint(dead)))
+	check(t, c.AwaitState(ctx, 4, "active"))
+	eventually(t, ctx, func() error {
+		_, members, err := c.Members(ctx, 4)
+		if err == nil && (len(members) != 3 || slices.ContainsFunc(members, func(m cluster.NodeStatus) bool { return m.ID == dead })) {
+			err = fmt.Errorf("members %+v: node %d is to be replaced", members, dead)
+		}
+		return err
+	})
+	if _, err := c.Change(ctx, "remove", 1, 4); err != nil {
 		t.Error(err)
 	}
 	for _, command := range []string{"remove", "resync"} {
-		out, err := c.Change(ctx, command, 2, 3)
+		out, err := c.Change(ctx, command, 2, 4)
 		if err == nil || !strings.Contains(err.Error()+out, "only member with data") {
 			t.Errorf("%s of the last data: %s, %v", command, out, err)
 		}
