@@ -696,6 +696,73 @@ func (s *deadlineStore) breakDisk(err error) {
 	}(s.work, s.gone)
 }
 
+// hangDisk makes the next append, of which stuck tells, hang until release is called.
+func (s *deadlineStore) hangDisk() (stuck <-chan struct{}, release func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	disk, hanging := s.work, make(chan appendCall)
+	reached, released := make(chan struct{}), make(chan struct{})
+	s.work = hanging
+	go func() {
+		defer close(disk)
+		reach := sync.OnceFunc(func() { close(reached) })
+		for w := range hanging {
+			reach()
+			<-released
+			disk <- w
+		}
+	}()
+	return reached, sync.OnceFunc(func() { close(released) })
+}
+
+// TestNewerTermBesideHangingLeader makes what issue 695 of hashicorp/raft is about happen in a real cluster: while a leader's main
+// thread stands in the midst of an append, a heartbeat of a newer term comes. Handled at once it would raise the term under the
+// leader's feet, which would go on to write entries under a term that it does not lead.
+func TestNewerTermBesideHangingLeader(t *testing.T) {
+	tc := newCluster(t, 3, nil)
+	leader := tc.leader()
+	tc.propose(leader, "before")
+	c, sender := tc.nodes[leader].c, tc.nodes[(leader+1)%3].c
+	term, servers := c.raft.CurrentTerm(), c.servers()
+	at := slices.IndexFunc(servers, func(s raft.Server) bool { return nodeID(s.ID) == c.config.Node })
+	stuck, release := c.stores.deadline.hangDisk()
+	defer release()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	var calls sync.WaitGroup
+	calls.Go(func() { _, _ = c.Propose(ctx, []byte("hangs")) }) // what becomes of it is not known
+	select {
+	case <-stuck:
+	case <-ctx.Done():
+		t.Fatal("nothing is appended")
+	}
+	answered := make(chan error, 1)
+	calls.Go(func() {
+		var answer raft.AppendEntriesResponse
+		answered <- sender.transport.AppendEntries(servers[at].ID, servers[at].Address, &raft.AppendEntriesRequest{
+			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(serverID(sender.config.Node)), Addr: []byte("a")}, Term: term + 1,
+		}, &answer)
+	})
+	select {
+	case err := <-answered:
+		t.Errorf("the heartbeat is answered while the main thread hangs: %v", err)
+	case <-time.After(100 * time.Millisecond): // long enough to catch one that does not wait
+	}
+	if now := c.raft.CurrentTerm(); now != term {
+		t.Errorf("the term is %d, and was %d, while the main thread hangs", now, term)
+	}
+	release()
+	calls.Wait()
+	tc.readIndex((leader + 1) % 3) // there is a leader again
+	index := tc.propose((leader+1)%3, "after")
+	want := tc.nodes[(leader+1)%3].machine.awaitIndex(t, index)
+	for i, n := range tc.nodes {
+		if got := n.machine.awaitIndex(t, index); !slices.EqualFunc(got, want, sameEntry) {
+			t.Errorf("node %d applied something else", i+1)
+		}
+	}
+}
+
 func TestTransferWatch(t *testing.T) {
 	var stuck error
 	w := &transferWatch{limit: time.Minute, stuck: func(err error) { stuck = err }}

@@ -30,6 +30,7 @@ type serverHealth struct {
 	connections, maxConnections uint32
 	oldest                      float64 // seconds
 	walKept, slotLag            uint64
+	walLimit                    int64 // negative: none
 }
 
 // healthSQL is one row of text. It takes no lock and looks at shared memory only.
@@ -37,7 +38,7 @@ const healthSQL = `SELECT current_setting('server_version'), count(*), current_s
  coalesce(greatest(0, extract(epoch FROM clock_timestamp() - min(xact_start))), 0),
  (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn))), 0)::bigint FROM pg_replication_slots),
  (SELECT coalesce(greatest(0, max(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn))), 0)::bigint FROM pg_replication_slots),
- pg_current_wal_flush_lsn() - '0/0'
+ pg_current_wal_flush_lsn() - '0/0', pg_size_bytes(current_setting('max_slot_wal_keep_size'))
  FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()`
 
 // watchHealth asks PostgreSQL how it is, until ctx ends. That it does not answer is for others to act on.
@@ -81,8 +82,8 @@ func (i *incarnation) askHealth(ctx context.Context, conn **pgconn.PgConn) (err 
 	if err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
-	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 7 {
-		return errors.New("query health: not one row of seven values")
+	if len(results) != 1 || len(results[0].Rows) != 1 || len(results[0].Rows[0]) != 8 {
+		return errors.New("query health: not one row of eight values")
 	}
 	row := results[0].Rows[0]
 	connections, err1 := strconv.ParseUint(string(row[1]), 10, 32)
@@ -91,13 +92,14 @@ func (i *incarnation) askHealth(ctx context.Context, conn **pgconn.PgConn) (err 
 	kept, err4 := strconv.ParseUint(string(row[4]), 10, 64)
 	unconfirmed, err5 := strconv.ParseUint(string(row[5]), 10, 64)
 	flushed, err6 := strconv.ParseUint(string(row[6]), 10, 64)
-	if err := errors.Join(err1, err2, err3, err4, err5, err6); err != nil {
+	limit, err7 := strconv.ParseInt(string(row[7]), 10, 64)
+	if err := errors.Join(err1, err2, err3, err4, err5, err6, err7); err != nil {
 		return fmt.Errorf("query health: %w", err)
 	}
 	i.n.noteFlushed(txn.LSN(flushed))
 	i.n.seen.server.Store(&serverHealth{
 		at: time.Now(), version: string(row[0]), connections: uint32(connections), maxConnections: uint32(most),
-		oldest: oldest, walKept: kept, slotLag: unconfirmed,
+		oldest: oldest, walKept: kept, slotLag: unconfirmed, walLimit: limit,
 	})
 	return nil
 }
@@ -182,6 +184,7 @@ var (
 	maxConnectionsDesc = nodeDesc("postgres_max_connections", "PostgreSQL's setting max_connections.")
 	oldestDesc         = nodeDesc("postgres_oldest_transaction_seconds", "Age of the oldest transaction in PostgreSQL.")
 	walKeptDesc        = nodeDesc("postgres_wal_kept_bytes", "WAL that PostgreSQL keeps for its replication slots.")
+	walLimitDesc       = nodeDesc("postgres_wal_kept_limit_bytes", "WAL that a replication slot may keep until PostgreSQL gives the slot up. Absent where that is not bounded.")
 	slotLagDesc        = nodeDesc("postgres_slot_lag_bytes", "WAL that has been written, and that the slowest reader of a logical replication slot has not confirmed.")
 	buildDesc          = prometheus.NewDesc("quorate_build_info", "1, with the versions as labels.", []string{"version", "postgres"}, nil)
 )
@@ -189,7 +192,7 @@ var (
 // Describe implements prometheus.Collector.
 func (c healthCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{quorumDesc, writesDesc, membersDesc, membersHeardDesc, votersDesc, votersHeardDesc, diskFreeDesc, diskSizeDesc, postgresUpDesc,
-		connectionsDesc, maxConnectionsDesc, oldestDesc, walKeptDesc, slotLagDesc, buildDesc} {
+		connectionsDesc, maxConnectionsDesc, oldestDesc, walKeptDesc, walLimitDesc, slotLagDesc, buildDesc} {
 		ch <- d
 	}
 }
@@ -227,6 +230,9 @@ func (c healthCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(maxConnectionsDesc, float64(h.MaxConnections))
 		gauge(oldestDesc, h.OldestTransactionSeconds)
 		gauge(walKeptDesc, float64(h.WalKeptBytes))
+		if p := c.n.seen.server.Load(); p != nil && p.walLimit >= 0 {
+			gauge(walLimitDesc, float64(p.walLimit))
+		}
 		gauge(slotLagDesc, float64(h.SlotLagBytes))
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/replication/apply"
@@ -35,8 +36,13 @@ func (n *Node) openPostgres(ctx context.Context, i *incarnation) error {
 	return errors.Join(err, closeConn(ctx, conn))
 }
 
+// slotWAL is how much WAL a slot may keep. Capture's slot is behind by a bit, or by as much as was written since the oldest open
+// transaction began; beyond the bound PostgreSQL ends capture, and the node comes back with another slot. A clone ends by itself at
+// half of it.
+func slotWAL(l config.Limits) int64 { return 2 * int64(l.CloneWAL) }
+
 func (n *Node) sizing() pgserver.Sizing {
-	return pgserver.Sizing{Clients: n.cfg.Limits.Clients, Workers: n.cfg.Apply.Workers}
+	return pgserver.Sizing{Clients: n.cfg.Limits.Clients, Workers: n.cfg.Apply.Workers, SlotWAL: slotWAL(n.cfg.Limits)}
 }
 
 // startServer starts the managed server, or goes on with it if it runs.

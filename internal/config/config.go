@@ -163,7 +163,8 @@ type Limits struct {
 	Log Size `yaml:"log,omitempty"`
 	// CloneWAL is how much WAL the node's PostgreSQL keeps for each clone of it (two at most are made at once) that takes the
 	// copy slower than WAL is written. Beyond, the clone ends. Default 16GiB, at least 1GiB, and
-	// to be more than max_wal_size, which PostgreSQL may keep anyhow.
+	// to be more than max_wal_size, which PostgreSQL may keep anyhow. Twice as much is what a managed server keeps for any slot
+	// (max_slot_wal_keep_size), also for capture's while a transaction stays open; beyond, capture and all sessions begin anew.
 	CloneWAL Size `yaml:"clone_wal,omitempty"`
 	// Lag is how many transactions an active member may be behind before commits on this node are slowed, by up to a quarter
 	// of a second each; at twice as many they wait. Default 8192, at least 16.

@@ -19,10 +19,11 @@ import (
 // Settings are server settings by name, values as in postgresql.conf without quotes.
 type Settings map[string]string
 
-// Sizing is what the number of connections and replication origins follows from.
+// Sizing is what the number of connections and replication origins follows from, and the WAL that slots keep.
 type Sizing struct {
-	Clients int // sessions of clients through the gateway
-	Workers int // apply workers, one session and one replication origin each
+	Clients int   // sessions of clients through the gateway
+	Workers int   // apply workers, one session and one replication origin each
+	SlotWAL int64 // bytes that a slot may keep until it is invalidated; 0: PostgreSQL's default, which is no bound
 }
 
 // ownSessions is what a node needs beside clients and workers: publisher, capture, catalog, watchdogs, and a few for
@@ -47,6 +48,10 @@ type rule struct {
 }
 
 func rules(z Sizing) []rule {
+	slotWAL := "-1"
+	if z.SlotWAL > 0 {
+		slotWAL = strconv.FormatInt(z.SlotWAL>>20, 10) + "MB"
+	}
 	atLeast := func(name string, since, n int, why string) rule {
 		return rule{name: name, since: since, value: strconv.Itoa(n), atLeast: n, why: why}
 	}
@@ -63,6 +68,7 @@ func rules(z Sizing) []rule {
 		atLeast("max_replication_slots", 0, max(slotsNeeded, z.origins()), "capture's slot, and before PostgreSQL 18 an origin for each apply worker"),
 		atLeast("max_active_replication_origins", 18, z.origins(), "an origin for each apply worker"),
 		{name: "idle_replication_slot_timeout", since: 18, value: "0", why: "an invalidated slot interrupts capture, and hides commits that bypassed the gateway"},
+		{name: "max_slot_wal_keep_size", value: slotWAL, optional: true},
 		{name: "wal_sender_timeout", value: "60s", optional: true},
 		{name: "logical_decoding_work_mem", value: "64MB", optional: true},
 		{name: "max_logical_replication_workers", value: "0", optional: true}, // a subscription would write past the gateway

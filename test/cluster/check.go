@@ -302,8 +302,8 @@ func (c *Cluster) sampleDifference(ctx context.Context, table string, i int) (st
 	return strings.Join(lines, "; "), nil
 }
 
-// CheckLeftovers returns an error while a node holds a prepared transaction, or a session that sits in a
-// transaction, although nobody works any more. What is about to end is waited for.
+// CheckLeftovers returns an error while a node holds a prepared transaction, a session that sits in a transaction or in a statement, or a
+// replication slot that is not capture's, although nobody works any more. What is about to end is waited for.
 func (c *Cluster) CheckLeftovers(ctx context.Context) error {
 	var errs []error
 	for i := 1; i <= c.Nodes; i++ {
@@ -322,7 +322,11 @@ func (c *Cluster) checkLeftovers(ctx context.Context, i int) error {
 		rows, err := conn.Query(ctx, `
 			SELECT format('prepared transaction %s', gid) FROM pg_prepared_xacts
 			UNION ALL SELECT format('session %s (%s) is %s since %s, last query: %s', pid, application_name, state, state_change, query)
-			FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'`)
+			FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'
+				OR state <> 'idle' AND backend_type = 'client backend' AND state_change < clock_timestamp() - interval '1 second' AND pid <> pg_backend_pid()
+			UNION ALL SELECT format('replication slot %s, of %s, invalidated: %s', slot_name, active_pid, invalidation_reason)
+			FROM pg_replication_slots WHERE slot_name <> 'quorate' OR invalidation_reason IS NOT NULL
+			UNION ALL SELECT 'no replication slot for capture' WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'quorate' AND active)`)
 		if err != nil {
 			return fmt.Errorf("leftovers of node %d: %w", i, err)
 		}

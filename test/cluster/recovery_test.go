@@ -514,10 +514,17 @@ func allKilled(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		killWhole(t, ctx, c, i)
 	}
 	order := rand.Perm(c.Nodes)
-	started := time.Now()
-	for _, i := range order {
-		check(t, c.StartNode(i+1))
+	for k := range order {
+		order[k]++
 	}
+	started := time.Now()
+	last := len(order) - 1
+	for _, i := range order[:last] {
+		check(t, c.StartNode(i))
+	}
+	l.awaitCommits(ctx, 20, order[:last]...)
+	t.Logf("a majority commits %v after it was started", time.Since(started).Round(time.Millisecond))
+	check(t, c.StartNode(order[last]))
 	l.awaitCommits(ctx, 20)
 	t.Logf("all nodes commit %v after they were started, in the order %v", time.Since(started).Round(time.Millisecond), order)
 	l.finish(ctx)
@@ -608,6 +615,9 @@ func slotDropped(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	})
 	awaitState(t, ctx, c, 2, "active", "")
 	l.awaitCommits(ctx, 20)
+	if bound := metric(t, ctx, c, 2, "quorate_postgres_wal_kept_limit_bytes"); number(t, bound) != 32<<30 { // twice limits.clone_wal
+		t.Errorf("what a slot may keep is %q", bound)
+	}
 	t.Logf("the slot of node 2 dropped: no commit for %v there, for %v on the others",
 		l.longestPause(dropped, 2).Round(time.Millisecond), l.longestPause(dropped, 1, 3).Round(time.Millisecond))
 	l.finish(ctx)
