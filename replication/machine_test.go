@@ -43,6 +43,19 @@ func newRecorder() *recorder {
 	return r
 }
 
+// image is a snapshot as bytes.
+func image(t interface{ Fatal(...any) }, m *Machine) *bytes.Buffer {
+	s, err := m.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if _, err := s.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	return &b
+}
+
 func (r *recorder) entry(data []byte) {
 	r.index++
 	r.Apply(r.index, data)

@@ -1,7 +1,6 @@
 package replication
 
 import (
-	"bytes"
 	"maps"
 	"testing"
 
@@ -26,16 +25,8 @@ func TestReservations(t *testing.T) {
 	apply(m, codec.AppendRemove(nil, codec.Remove{Node: 2}))
 	apply(m, reserve(2, true))
 	want := map[string]int64{"public.a": 900, "public.b": -7}
-	snapshot, err := m.Snapshot()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var file bytes.Buffer
-	if _, err := snapshot.WriteTo(&file); err != nil {
-		t.Fatal(err)
-	}
 	again := newRecorder().Machine
-	if err := again.Restore(&file); err != nil {
+	if err := again.Restore(image(t, m)); err != nil {
 		t.Fatal(err)
 	}
 	for name, m := range map[string]*Machine{"the log": m, "a snapshot": again} {
