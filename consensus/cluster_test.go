@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"testing"
@@ -346,16 +348,33 @@ func testLogger(t testing.TB, node int) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})).With("node", node)
 }
 
-// requireNoGoroutines waits until nothing of ours or of Raft's runs.
+// testLabel is the label of goroutines that has the name of their test. A goroutine has the labels of the one that started it.
+const testLabel = "test"
+
+// parallel lets a test run beside others, and tells its goroutines from theirs. Most time of these tests is waiting: for
+// heartbeats that do not come, and for elections.
+func parallel(t *testing.T) {
+	t.Helper()
+	t.Parallel()
+	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels(testLabel, t.Name())))
+}
+
+// requireNoGoroutines waits until nothing of ours or of Raft's runs, but what another test has started that runs beside this one.
 func requireNoGoroutines(t testing.TB) {
 	t.Helper()
+	name, _, _ := strings.Cut(t.Name(), "/")
+	own := fmt.Sprintf("%q:%q", testLabel, name)
 	var left []string
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
 		left = left[:0]
-		buf := make([]byte, 1<<20)
-		for _, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		var all strings.Builder
+		if err := pprof.Lookup("goroutine").WriteTo(&all, 1); err != nil {
+			t.Fatal(err)
+		}
+		for stack := range strings.SplitSeq(all.String(), "\n\n") {
 			ours := strings.Contains(stack, "quorate/consensus.") || strings.Contains(stack, "hashicorp/")
-			if ours && !strings.Contains(stack, "requireNoGoroutines") && !strings.Contains(stack, "testing.(") {
+			others := strings.Contains(stack, fmt.Sprintf("%q:", testLabel)) && !strings.Contains(stack, own)
+			if ours && !others && !strings.Contains(stack, "requireNoGoroutines") && !strings.Contains(stack, "testing.(") {
 				left = append(left, stack)
 			}
 		}
@@ -366,4 +385,13 @@ func requireNoGoroutines(t testing.TB) {
 		time.Sleep(5 * time.Millisecond) // nothing announces the end of a goroutine
 	}
 	t.Errorf("%d goroutines are left:\n%s", len(left), strings.Join(left, "\n\n"))
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// More of them than processors: they wait more than they compute.
+	if err := flag.Set("test.parallel", "3"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
 }

@@ -23,6 +23,7 @@ import (
 )
 
 func TestEveryMachineSeesOneOrder(t *testing.T) {
+	parallel(t)
 	for _, store := range []string{LogStoreWAL, LogStoreBoltDB} {
 		t.Run(store, func(t *testing.T) {
 			tc := newCluster(t, 3, func(c *Config) { c.LogStore = store })
@@ -103,6 +104,7 @@ func TestFollowersHearOfALoneCommitByNotice(t *testing.T) {
 
 // A new leader commits what its predecessor left, and followers apply it, without anything new being proposed.
 func TestLeaderLost(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.CommitTimeout = time.Minute })
 	old := tc.leader()
 	first := tc.propose((old+1)%3, "before")
@@ -128,6 +130,7 @@ func TestLeaderLost(t *testing.T) {
 }
 
 func TestRestartReplays(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs = 5 })
 	var last txn.LogIndex
 	tc.leader()
@@ -170,6 +173,7 @@ func TestRestartReplays(t *testing.T) {
 }
 
 func TestNoMajority(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	tc.propose(leader, "with a majority")
@@ -209,6 +213,7 @@ func TestNoMajority(t *testing.T) {
 
 // A context that ends bounds every call, also on a follower whose leader does not answer.
 func TestContextBoundsPropose(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	tc.propose((leader+1)%3, "works")
@@ -222,6 +227,7 @@ func TestContextBoundsPropose(t *testing.T) {
 }
 
 func TestReadIndexCoversAcknowledged(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	var group sync.WaitGroup
@@ -281,6 +287,7 @@ func TestLargeEntries(t *testing.T) {
 
 // A machine that hangs holds up nobody else, and gets everything afterwards.
 func TestSlowMachineStopsNobody(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	quick := (leader + 2) % 3
@@ -314,6 +321,7 @@ func TestSlowMachineStopsNobody(t *testing.T) {
 // A machine that takes another's place gets everything from the newest snapshot on, as after a restart, and the old
 // one nothing more, while Raft goes on.
 func TestReplacedMachineGetsEverything(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs, c.LogStore = 1, LogStoreBoltDB })
 	node := tc.nodes[tc.leader()]
 	var proposed []string
@@ -412,6 +420,7 @@ func (s heldSnapshot) WriteTo(w io.Writer) (int64, error) {
 
 // A member whose log ends before the leader's begins must not have a snapshot put over it.
 func TestMemberTooFarBehindStops(t *testing.T) {
+	parallel(t)
 	// raft-wal goes on to serve truncated entries from a segment that it still writes to.
 	tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs, c.LogStore = 1, LogStoreBoltDB })
 	leader := tc.leader()
@@ -445,6 +454,7 @@ func TestMemberTooFarBehindStops(t *testing.T) {
 
 // What issue 695 of hashicorp/raft would leave behind, another entry at the same index and term, is found.
 func TestDivergentLogIsFound(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.LogStore = LogStoreBoltDB })
 	leader := tc.leader()
 	victim := (leader + 1) % 3
@@ -483,6 +493,7 @@ func TestDivergentLogIsFound(t *testing.T) {
 
 // A range whose barrier was truncated is not judged, one whose barrier is still there is.
 func TestTruncatedRangeIsNotJudged(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, nil)
 	n := tc.nodes[tc.leader()]
 	tc.propose(0, "x")
@@ -517,6 +528,7 @@ func TestTruncatedRangeIsNotJudged(t *testing.T) {
 
 // Verification finds nothing where there is nothing to find: leaders change, and each begins a new range.
 func TestVerificationHoldsAcrossLeaders(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.VerifyInterval = 50 * time.Millisecond })
 	for k := range 3 {
 		leader := tc.leader()
@@ -575,6 +587,7 @@ func TestTransferLeadership(t *testing.T) {
 
 // A member whose disk takes no more entries says so and stops, be it the leader or a follower; the others go on.
 func TestFullDiskStopsOneMember(t *testing.T) {
+	parallel(t)
 	t.Run("leader", func(t *testing.T) { fullDisk(t, true) })
 	t.Run("follower", func(t *testing.T) { fullDisk(t, false) })
 }
@@ -622,6 +635,7 @@ func fullDisk(t *testing.T, leads bool) {
 // A leader whose only other living member beats, but cannot store what it is sent, keeps its lease. It can be closed in time
 // all the same, and says of what it was asked for that nobody knows.
 func TestCloseBesideFullDisk(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	tc.propose(leader, "before")
@@ -662,6 +676,7 @@ func TestCloseBesideFullDisk(t *testing.T) {
 
 // A disk that never comes back is given up in time.
 func TestCloseWithHangingDisk(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, func(c *Config) { c.WriteDeadline = 200 * time.Millisecond })
 	tc.leader()
 	hang := make(chan error)
@@ -791,6 +806,7 @@ func TestTransferWatch(t *testing.T) {
 
 // A leader whose disk hangs steps down, and the others go on.
 func TestLeaderWithHangingDiskStepsDown(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, func(c *Config) { c.WriteDeadline = 300 * time.Millisecond })
 	leader := tc.leader()
 	tc.propose(leader, "before")
@@ -827,6 +843,7 @@ func TestLeaderWithHangingDiskStepsDown(t *testing.T) {
 }
 
 func TestMetricsLint(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, nil)
 	tc.leader()
 	tc.propose(0, "x")

@@ -86,6 +86,9 @@ func TestBarrierWantsFreshAnswers(t *testing.T) {
 			time.Sleep(time.Millisecond) // a heartbeat comes at its time
 		}
 	}
+	for _, p := range others { // nothing that is sent from now on comes to them
+		p.in.Lock()
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	asked := time.Now()
@@ -96,7 +99,6 @@ func TestBarrierWantsFreshAnswers(t *testing.T) {
 	}()
 	time.Sleep(100 * time.Millisecond) // nothing tells when Raft has taken the question; well within the lease
 	for _, p := range others {
-		p.in.Lock()
 		p.out.Unlock()
 	}
 	if err := <-answer; err == nil {

@@ -103,6 +103,7 @@ func requireCut(t *testing.T, conn net.Conn) []byte {
 }
 
 func TestStrangersAreTurnedAway(t *testing.T) {
+	parallel(t)
 	t.Cleanup(func() { requireNoGoroutines(t) })
 	cluster := [16]byte{7, 7, 7}
 	tr, refused := listenAs(t, streamConfig{node: 2, cluster: cluster})
@@ -354,6 +355,7 @@ func TestRaftConnectionsWithTLS(t *testing.T) {
 
 // A group whose connections are encrypted works, and tells how often somebody else tried.
 func TestClusterWithTLS(t *testing.T) {
+	parallel(t)
 	a := newAuthority(t)
 	tc := newCluster(t, 3, func(c *Config) {
 		var s streamConfig

@@ -180,6 +180,7 @@ func (tc *testCluster) requireMembers(on int, voters, others []int) {
 
 // A node on its own becomes three, five, three again, its first leader removed, while everybody proposes.
 func TestGrowAndShrink(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, nil)
 	l := newLoad()
 	l.on(tc.nodes[0].c, "node 1")
@@ -230,6 +231,7 @@ func seq(n int) []int {
 
 // A node that waits to be added takes no part, does not stand for election, and says so.
 func TestNodeWaitsToBeAdded(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, nil)
 	i := tc.launch(nil)
 	c := tc.nodes[i].c
@@ -263,6 +265,7 @@ func TestNodeWaitsToBeAdded(t *testing.T) {
 
 // A joiner of a group whose log does not reach back to the beginning gets a snapshot, and what follows it.
 func TestJoinerGetsSnapshot(t *testing.T) {
+	parallel(t)
 	for _, store := range []string{LogStoreWAL, LogStoreBoltDB} {
 		t.Run(store, func(t *testing.T) {
 			change := func(c *Config) { c.TrailingLogs, c.LogStore, c.walSegment = 1, store, 4096 }
@@ -303,6 +306,7 @@ func TestJoinerGetsSnapshot(t *testing.T) {
 }
 
 func TestPromoteAndDemote(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	c, ctx := tc.nodes[leader].c, t.Context()
@@ -367,6 +371,7 @@ func TestPromoteAndDemote(t *testing.T) {
 
 // Two of three voters gone, two members without a vote there: nobody decides anything.
 func TestOnlyVotersCount(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	for range 2 {
@@ -410,6 +415,7 @@ func TestOnlyVotersCount(t *testing.T) {
 
 // A node that was away when it was removed stands for elections that nobody takes notice of.
 func TestRemovedDisturbsNobody(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	gone := (leader + 1) % 3
@@ -454,6 +460,7 @@ func TestMemberMoves(t *testing.T) {
 
 // Changes that are asked for at once happen one after another, and all of them.
 func TestConcurrentChanges(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 1, nil)
 	tc.leader()
 	for range 4 {
@@ -479,6 +486,7 @@ func TestConcurrentChanges(t *testing.T) {
 
 // A leader without a majority cannot change the members, and does not pretend to know that it did not.
 func TestChangeWithoutMajority(t *testing.T) {
+	parallel(t)
 	tc := newCluster(t, 3, nil)
 	leader := tc.leader()
 	tc.propose(leader, "works")
@@ -494,6 +502,7 @@ func TestChangeWithoutMajority(t *testing.T) {
 
 // Only members may follow, and only whom they mean.
 func TestLinkRefusesStrangers(t *testing.T) {
+	parallel(t)
 	cluster := [16]byte{1, 2, 3}
 	tc := newCluster(t, 1, func(c *Config) { c.ClusterID = cluster })
 	tc.leader()
@@ -531,6 +540,7 @@ func TestLinkRefusesStrangers(t *testing.T) {
 
 // Members come, go, get and lose votes, crash and come back at random while everybody proposes.
 func TestRandomMembership(t *testing.T) {
+	parallel(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))

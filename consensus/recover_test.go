@@ -12,6 +12,7 @@ import (
 // Two of three members are gone for good. The third goes on alone with everything that it has, takes new members, and has
 // nothing to do with the two when they turn up again.
 func TestRecoverCluster(t *testing.T) {
+	parallel(t)
 	for _, snapshot := range []bool{false, true} {
 		t.Run(fmt.Sprintf("snapshot %v", snapshot), func(t *testing.T) {
 			tc := newCluster(t, 3, func(c *Config) { c.TrailingLogs, c.walSegment = 1, 4096 })

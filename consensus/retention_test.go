@@ -73,6 +73,7 @@ func TestLogSizes(t *testing.T) {
 // Large entries do not fill the disk although there are few of them: snapshots come with the bytes, and behind them no more
 // stays than may. Small ones are still bounded by their number.
 func TestLogIsBoundedInBytes(t *testing.T) {
+	parallel(t)
 	const snapshotBytes, trailingBytes, size = 1 << 20, 512 << 10, 100 << 10
 	tc := newCluster(t, 1, func(c *Config) {
 		c.SnapshotBytes, c.TrailingBytes, c.TrailingLogs, c.LogStore = snapshotBytes, trailingBytes, 20, LogStoreBoltDB
@@ -122,6 +123,7 @@ func TestLogIsBoundedInBytes(t *testing.T) {
 // What a snapshot needs beside it stays in the log, while entries come and across a restart, and goes with a later snapshot
 // that does not need it any more.
 func TestLogKeepsWhatASnapshotNeeds(t *testing.T) {
+	parallel(t)
 	for _, store := range []string{LogStoreWAL, LogStoreBoltDB} {
 		t.Run(store, func(t *testing.T) {
 			tc := newCluster(t, 1, func(c *Config) { c.TrailingLogs, c.LogStore, c.walSegment = 5, store, 4<<10 })

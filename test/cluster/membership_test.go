@@ -158,6 +158,10 @@ func (w *writers) write(ctx context.Context, place int, who string) error {
 		default:
 			return fmt.Errorf("transaction %s (sure %v): %w", name, sure, err)
 		}
+		select {
+		case <-w.ctx.Done():
+		case <-time.After(writersRest):
+		}
 	}
 	return nil
 }

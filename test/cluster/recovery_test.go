@@ -116,8 +116,12 @@ type load struct {
 	commits map[int][]time.Time // by node
 }
 
-// writersPerNode is small: what is tested is that nothing is lost, not how much can be done.
-const writersPerNode = 3
+// What is tested is that nothing is lost, not how much can be done: writers are few, and rest between two transactions, so that
+// what is broken has a processor to mend itself on.
+const (
+	writersPerNode = 3
+	writersRest    = 20 * time.Millisecond
+)
 
 func startLoad(t *testing.T, ctx context.Context, c *cluster.Cluster) *load {
 	t.Helper()
@@ -133,7 +137,7 @@ func startLoad(t *testing.T, ctx context.Context, c *cluster.Cluster) *load {
 	return l
 }
 
-// write commits as fast as it goes, whatever happens to its node.
+// write commits again and again, whatever happens to its node.
 func (l *load) write(ctx context.Context, node int, writer string) {
 	var conn *pgconn.PgConn
 	defer func() {
@@ -174,6 +178,10 @@ func (l *load) write(ctx context.Context, node int, writer string) {
 			l.told[id] = false
 		}
 		l.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(writersRest):
+		}
 	}
 }
 
