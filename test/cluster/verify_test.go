@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // TestVerify: under load all nodes have equal rows at any one place in the log; and what is not equal is found.
@@ -65,4 +66,19 @@ func TestVerify(t *testing.T) {
 	must(t, ctx, conn, "UPDATE verified SET n = $1 WHERE id = 7", before)
 	_, err = c.VerifyOnline(ctx, 3)
 	check(t, err)
+
+	// What tests look for after they have worked is found as well.
+	must(t, ctx, conn, "SELECT pg_create_physical_replication_slot('theirs')")
+	stuck, cancel := context.WithCancel(ctx)
+	var sleeping sync.WaitGroup
+	defer sleeping.Wait()
+	defer cancel()
+	sleeper := direct(t, ctx, c, 2)
+	sleeping.Go(func() { _ = execute(stuck, sleeper.PgConn(), "SELECT pg_sleep(600)") }) // until it is cancelled
+	looking, stop := context.WithTimeout(ctx, 2*time.Second)
+	defer stop()
+	if err := c.CheckLeftovers(looking); err == nil || !strings.Contains(err.Error(), "replication slot theirs") || !strings.Contains(err.Error(), "pg_sleep(600)") {
+		t.Fatalf("a slot and a statement are left: %v", err)
+	}
+	must(t, ctx, conn, "SELECT pg_drop_replication_slot('theirs')")
 }
