@@ -361,7 +361,7 @@ func TestPageKeepsItsSize(t *testing.T) {
 // What comes late is shown, on a page that is open; and what is not of today has its date.
 func TestPageShowsWhatComesLate(t *testing.T) {
 	s := three()
-	at := time.Date(2024, 2, 29, 12, 13, 14, 0, time.Local)
+	at, now := time.Date(2024, 2, 29, 12, 13, 14, 0, time.Local), time.Now()
 	conflict := func(table string) {
 		s.change(func(v *dashboard.View) {
 			v.Conflicts = []dashboard.Conflict{{ID: "7", At: at, Table: table, Key: "k"}}
@@ -369,7 +369,10 @@ func TestPageShowsWhatComesLate(t *testing.T) {
 	}
 	conflict("")
 	s.change(func(v *dashboard.View) {
-		v.Events = []dashboard.Event{{ID: "1", At: at, Severity: "info", Text: "x"}, {ID: "2", At: time.Now(), Severity: "info", Text: "y"}}
+		v.Events = []dashboard.Event{
+			{ID: "1", At: at, Severity: "info", Node: 1, Text: "x"},
+			{ID: "2", At: now, Severity: "info", Node: 3, Text: "y"}, {ID: "3", At: now, Severity: "info", Node: 1, Text: "y"},
+		}
 	})
 	tab := look(t, s, browser.Options{})
 	tab.AwaitText(within, "#conflict-rows", "29 Feb 2024, 12:13:14")
@@ -379,6 +382,20 @@ func TestPageShowsWhatComesLate(t *testing.T) {
 	if got := tab.Visible("#event-list li:first-child time"); len(got) != len("12:13:14") {
 		t.Errorf("an event of now is of %q", got)
 	}
+	// What several have noted at once is told once, and what comes late stands where it belongs.
+	if rows := browser.Value[int](tab, `document.querySelectorAll("#event-list li").length`); rows != 2 {
+		t.Errorf("%d events", rows)
+	}
+	tab.AwaitText(within, "#event-list li:first-child .who", "nodes 1, 3")
+	s.change(func(v *dashboard.View) {
+		late := dashboard.Event{ID: "4", At: at.Add(time.Hour), Severity: "info", Node: 2, Text: "of before"}
+		v.Events = append([]dashboard.Event{v.Events[0], late}, v.Events[1:]...)
+		v.Events = append(v.Events, dashboard.Event{ID: "5", At: now, Severity: "info", Node: 2, Text: "y"})
+		v.Silent = []dashboard.Silent{{Node: 3, Reason: "no"}}
+	})
+	tab.AwaitText(within, "#event-list li:nth-child(2)", "of before")
+	tab.AwaitText(within, "#event-list li:first-child .who", "all nodes")
+	tab.AwaitText(within, "#transactions", "Without node 3, which does not answer.")
 	conflict("accounts")
 	tab.AwaitText(within, "#conflict-rows", "accounts k")
 	if rows := browser.Value[int](tab, `document.querySelectorAll("#conflict-rows tr").length`); rows != 1 {

@@ -208,7 +208,7 @@ func assess(v *View) verdict {
 		// Raft gives a leader longer than heartbeats give a member. Until it has given up, this is the truth already.
 		d.Level = NoQuorum
 		d.Title = "Cut off"
-		d.Text = fmt.Sprintf("This node hears %d of %s, and %s needed: what is committed here waits, and is refused soon.", d.Reachable, count(d.Voters, "voter"), are(d.Majority))
+		d.Text = fmt.Sprintf("This node hears %d of %s, and %s needed: commits wait here, and are refused soon if this lasts.", d.Reachable, count(d.Voters, "voter"), are(d.Majority))
 	case v.Cluster.Leader == 0:
 		d.Level = Degraded
 		d.Title = "Electing"

@@ -36,7 +36,7 @@ func TestAssess(t *testing.T) {
 			v.Nodes[1].Reachable, v.Nodes[2].Reachable, v.Cluster.Quorum, v.Cluster.Leader = false, false, false, 0
 		}, NoQuorum, 0, "This node reaches 1 of 3 voters, and 2 are needed: nothing can be committed here. Bring back node 2 or node 3."},
 		{"not heard, before Raft has given up", 3, func(v *View) { v.Nodes[1].Reachable, v.Nodes[2].Reachable = false, false }, NoQuorum, 0,
-			"This node hears 1 of 3 voters, and 2 are needed: what is committed here waits, and is refused soon."},
+			"This node hears 1 of 3 voters, and 2 are needed: commits wait here, and are refused soon if this lasts."},
 		{"electing", 3, func(v *View) { v.Cluster.Leader = 0 }, Degraded, 1, "There is no leader"},
 		{"catching up", 3, func(v *View) { v.Nodes[1].State, v.Nodes[1].Reason = "catching-up", "it applies the log." }, Degraded, 1, "node 2 is catching-up: it applies the log."},
 		{"read only", 3, func(v *View) { v.Nodes[1].Writes = false }, Degraded, 1, "node 2 takes no writes."},

@@ -93,6 +93,7 @@ func (s *shown) follow(ctx context.Context) error {
 		case <-ticker.C:
 		}
 		if time.Since(s.n.seen.began)-time.Duration(s.looked.Load()) > 2*gatherInterval {
+			s.gathered.Store(nil) // whoever looks next is not shown what was long ago
 			continue
 		}
 		if g, err := s.gather(ctx); err == nil {

@@ -90,3 +90,22 @@ func TestDashboardActions(t *testing.T) {
 		}
 	}
 }
+
+// A conflict has one ID whoever tells of it and whatever is found out later, and no two have the same.
+func TestDashboardKnowsConflictsAgain(t *testing.T) {
+	id := func(c *pb.Conflict) string { return shownConflict(c).ID }
+	known := &pb.Conflict{Kind: conflictCertified, Gid: "1-9f86d081884c7d65-4", Node: 1, TimeMs: 1000, WinnerCsn: 7}
+	if told := (&pb.Conflict{Kind: conflictCertified, Gid: known.Gid, Node: 1, TimeMs: 1010, WinnerCsn: 7, Table: "t", Key: "k"}); id(known) != id(told) {
+		t.Errorf("%q and %q are one", id(known), id(told))
+	}
+	seen := make(map[string]bool)
+	for _, c := range []*pb.Conflict{
+		known, {Kind: conflictEvicted, Gid: known.Gid}, {Kind: conflictCertified, Gid: "1-9f86d081884c7d65-5"},
+		{Kind: conflictEvicted, Node: 1, TimeMs: 1, WinnerCsn: 7}, {Kind: conflictEvicted, Node: 2, TimeMs: 1, WinnerCsn: 7}, {Kind: conflictEvicted, Node: 1, TimeMs: 2, WinnerCsn: 7},
+	} {
+		if seen[id(c)] {
+			t.Errorf("%q is another one's too", id(c))
+		}
+		seen[id(c)] = true
+	}
+}

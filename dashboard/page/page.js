@@ -520,7 +520,8 @@
       attr(li.children[0], "datetime", e.at);
       attr(li.children[0], "title", new Date(e.at).toLocaleString("en-GB"));
       text(li.children[1], sign);
-      text(li.children[2], (e.by.length > 1 ? "nodes " : "node ") + e.by.sort((a, b) => a - b).join(", "));
+      const everybody = e.by.length > 2 && e.by.length === state.nodes.length;
+      text(li.children[2], everybody ? "all nodes" : (e.by.length > 1 ? "nodes " : "node ") + e.by.sort((a, b) => a - b).join(", "));
       text(li.children[3].children[0], word);
       text(li.children[3].children[1], e.text);
       attr(li, "title", e.kind);

@@ -32,6 +32,10 @@ type view struct {
 			Connections int     `json:"connections"`
 			DiskFree    float64 `json:"disk_free_bytes"`
 			Commits     float64 `json:"commits_per_second"`
+			Most        int     `json:"max_connections"`
+			Uptime      float64 `json:"uptime_seconds"`
+			Version     string
+			Postgres    string `json:"postgres_version"`
 		}
 		Hears []struct {
 			Node       int
@@ -62,7 +66,8 @@ func TestEveryNodeShowsTheCluster(t *testing.T) {
 				return fmt.Errorf("node %d shows %+v", asked, v)
 			}
 			for _, n := range v.Nodes {
-				if !n.Heard || n.Health == nil || n.Health.State != "active" || !n.Health.PostgresUp || n.Health.SlotLag == nil || *n.Health.SlotLag > 1<<30 || n.Health.Connections == 0 || n.Health.DiskFree == 0 {
+				if !n.Heard || n.Health == nil || n.Health.State != "active" || !n.Health.PostgresUp || n.Health.SlotLag == nil || *n.Health.SlotLag > 1<<30 || n.Health.Connections == 0 || n.Health.DiskFree == 0 ||
+					n.Health.Most < n.Health.Connections || n.Health.Uptime <= 0 || n.Health.Version == "" || n.Health.Postgres == "" {
 					return fmt.Errorf("node %d shows node %d as %+v", asked, n.ID, n.Health)
 				}
 				for _, other := range v.Nodes {

@@ -159,6 +159,9 @@ func TestPage(t *testing.T) {
 	}
 	tab.Await(patience, "commits", `Number(document.querySelector("#plot-commits b").innerText) > 1`)
 	tab.Await(patience, "latencies of four stages", `Array.from(document.querySelectorAll("#plot-latency99 b")).filter((b) => / m?s$/.test(b.innerText)).length === 4`)
+	tab.Await(patience, "the lag of three nodes", `Array.from(document.querySelectorAll("#plot-lag b")).filter((b) => /^[0-9]/.test(b.innerText)).length === 3`)
+	tab.Await(patience, "the depth of two queues", `Array.from(document.querySelectorAll("#plot-queue b")).filter((b) => /^[0-9]/.test(b.innerText)).length === 2`)
+	tab.Await(patience, "aborts by reason", `Array.from(document.querySelectorAll("#plot-aborts span")).some((s) => ["conflict", "evicted"].includes(s.innerText))`)
 	tab.Await(patience, "a heartbeat of every pair", `document.querySelectorAll("#matrix .fresh, #matrix .late").length === 6`)
 	tab.AwaitText(patience, "#conflict-rows", "public.work (id)=(")
 	tab.AwaitText(patience, "#events", "leads")
