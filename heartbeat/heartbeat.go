@@ -436,8 +436,8 @@ func (m *Monitor) takeLocked(from txn.NodeID, r *pb.Report, now time.Time) (chan
 	return change
 }
 
-// learnLocked keeps a report if it is newer than the one at hand, and what it promises in any case. Of one process the higher number is; of different
-// processes, the one that was made later. Called with mu held.
+// learnLocked keeps a report if it is newer than the one at hand, and what it promises in any case. Of one process the
+// higher number is newer; of different processes, the one that was made later. Called with mu held.
 func (m *Monitor) learnLocked(id txn.NodeID, r *pb.Report, now time.Time) {
 	if said, had := r.Health, m.promised[id]; said != nil && (had == nil || said.Term > had.Term || said.CommitIndex > had.CommitIndex) {
 		m.promised[id] = &pb.Health{Term: max(said.Term, had.GetTerm()), CommitIndex: max(said.CommitIndex, had.GetCommitIndex())}
