@@ -97,19 +97,20 @@ func (b *backup) receive(ctx context.Context) (pgproto3.BackendMessage, error) {
 
 // sendFiles passes archive and manifest on.
 func (t *transfer) sendFiles(ctx context.Context, b *backup) error {
-	var buffer []byte
+	from := &t.donor.buffers
+	buffer := from.Get(chunkSize)
 	manifest := false
 	flush := func() error {
-		if len(buffer) == 0 {
+		if len(*buffer) == 0 {
 			return nil
 		}
-		c := &pb.CloneChunk{Kind: &pb.CloneChunk_Archive{Archive: buffer}}
+		var m any = archive{buffer, from} // which is gRPC's from here on
 		if manifest {
-			c.Kind = &pb.CloneChunk_Manifest{Manifest: &pb.CloneManifest{Data: buffer}}
+			m = &pb.CloneChunk{Kind: &pb.CloneChunk_Manifest{Manifest: &pb.CloneManifest{Data: *buffer}}}
 		}
-		t.sent.Add(uint64(len(buffer)))
-		buffer = nil // gRPC may look at a message after it was sent
-		return t.put(c)
+		t.sent.Add(uint64(len(*buffer)))
+		buffer = from.Get(chunkSize)
+		return t.put(m)
 	}
 	archives := 0
 	for {
@@ -124,10 +125,7 @@ func (t *transfer) sendFiles(ctx context.Context, b *backup) error {
 			}
 			switch m.Data[0] {
 			case 'd':
-				if buffer == nil {
-					buffer = make([]byte, 0, chunkSize)
-				}
-				if buffer = append(buffer, m.Data[1:]...); len(buffer) >= chunkSize-(32<<10) {
+				if *buffer = append(*buffer, m.Data[1:]...); len(*buffer) >= chunkSize-(32<<10) {
 					if err := flush(); err != nil {
 						return err
 					}

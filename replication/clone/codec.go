@@ -3,6 +3,8 @@ package clone
 import (
 	"encoding/binary"
 	"io"
+	"slices"
+	"sync"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/encoding"
@@ -17,58 +19,83 @@ import (
 // HTTP/2's frames. Connections that have nothing to say have no such buffer, unless they are encrypted.
 const ioBuffer = 256 << 10
 
-// ServerOptions are for the gRPC server that a Donor is registered with. Without them it serves clones too, slower.
+// ServerOptions are for the gRPC server that a Donor is registered with, which cannot serve without.
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{grpc.ForceServerCodecV2(newCodec()), grpc.WriteBufferSize(ioBuffer)}
 }
 
-// DialOptions are for the connections that Receive is given. They are the same for it as ServerOptions for a Donor.
+// DialOptions are for the connections that Receive is given. Without them it works too, slower.
 func DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{grpc.WithReadBufferSize(ioBuffer)}
 }
 
 // codec is gRPC's own for protobuf, but for the chunks of an archive, whose bytes it leaves where they are: the other one would
 // copy them twice on either side, to buffers of 1 MiB that it clears before. On the wire they are the same.
-type codec struct{ encoding.CodecV2 }
+//
+// It writes such a chunk when it is given an archive, and reads it into one buffer, which the next one overwrites; so a codec that
+// reads belongs to one stream.
+type codec struct {
+	encoding.CodecV2
+	buffer []byte
+}
 
-func newCodec() codec { return codec{encoding.GetCodecV2(proto.Name)} }
+func newCodec() *codec { return &codec{CodecV2: encoding.GetCodecV2(proto.Name)} }
+
+// archive is sent in place of a CloneChunk. When the bytes are on their way they go back to where they are from.
+type archive struct {
+	bytes *[]byte
+	from  *buffers
+}
+
+// buffers lends buffers for archives. gRPC's own lend them cleared.
+type buffers struct{ free sync.Pool }
+
+// Get implements mem.BufferPool. The buffer is empty, and has room for chunkSize.
+func (b *buffers) Get(int) *[]byte {
+	if is, ok := b.free.Get().(*[]byte); ok {
+		*is = (*is)[:0]
+		return is
+	}
+	made := make([]byte, 0, chunkSize)
+	return &made
+}
+
+// Put implements mem.BufferPool.
+func (b *buffers) Put(is *[]byte) { b.free.Put(is) }
 
 // archiveTag begins a CloneChunk that is of the archive: field 2, of the kind that has a length.
 const archiveTag = 2<<3 | uint64(protowire.BytesType)
 
 // Marshal implements encoding.CodecV2.
-func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if chunk, ok := v.(*pb.CloneChunk); ok {
-		if a, ok := chunk.Kind.(*pb.CloneChunk_Archive); ok {
-			head := protowire.AppendVarint(protowire.AppendVarint(nil, archiveTag), uint64(len(a.Archive)))
-			return mem.BufferSlice{mem.SliceBuffer(head), mem.SliceBuffer(a.Archive)}, nil
-		}
+func (c *codec) Marshal(v any) (mem.BufferSlice, error) {
+	a, ok := v.(archive)
+	if !ok {
+		return c.CodecV2.Marshal(v)
 	}
-	return c.CodecV2.Marshal(v)
+	head := protowire.AppendVarint(protowire.AppendVarint(nil, archiveTag), uint64(len(*a.bytes)))
+	return mem.BufferSlice{mem.SliceBuffer(head), mem.NewBuffer(a.bytes, a.from)}, nil
 }
 
 // Unmarshal implements encoding.CodecV2.
-func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	if chunk, ok := v.(*pb.CloneChunk); ok {
-		if archive, ok := cutArchive(data); ok {
-			chunk.Kind = &pb.CloneChunk_Archive{Archive: archive}
-			return nil
-		}
+func (c *codec) Unmarshal(data mem.BufferSlice, v any) error {
+	if chunk, ok := v.(*pb.CloneChunk); ok && c.readArchive(data) {
+		chunk.Kind = &pb.CloneChunk_Archive{Archive: c.buffer}
+		return nil
 	}
 	return c.CodecV2.Unmarshal(data, v)
 }
 
-// cutArchive returns the content of a chunk that has nothing but a part of the archive.
-func cutArchive(data mem.BufferSlice) ([]byte, bool) {
+// readArchive reads the content of a chunk that has nothing but a part of the archive, and reports whether it is one.
+func (c *codec) readArchive(data mem.BufferSlice) bool {
 	r := data.Reader()
 	defer r.Close()
 	if tag, err := binary.ReadUvarint(r); err != nil || tag != archiveTag {
-		return nil, false
+		return false
 	}
 	if n, err := binary.ReadUvarint(r); err != nil || n != uint64(r.Remaining()) {
-		return nil, false
+		return false
 	}
-	archive := make([]byte, r.Remaining())
-	_, err := io.ReadFull(r, archive)
-	return archive, err == nil
+	c.buffer = slices.Grow(c.buffer[:0], r.Remaining())[:r.Remaining()]
+	_, err := io.ReadFull(r, c.buffer)
+	return err == nil
 }

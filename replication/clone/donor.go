@@ -68,6 +68,8 @@ type Donor struct {
 	cfg   Config
 	log   *slog.Logger
 	under atomic.Int32 // clones under way
+
+	buffers buffers
 }
 
 // NewDonor returns a Donor, to be registered.
@@ -234,14 +236,15 @@ func (t *transfer) boundWAL(ctx context.Context) (err error) {
 	}
 }
 
-func (t *transfer) put(c *pb.CloneChunk) error {
+// put sends a CloneChunk, or an archive.
+func (t *transfer) put(m any) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.sendLocked(c)
+	return t.sendLocked(m)
 }
 
-func (t *transfer) sendLocked(c *pb.CloneChunk) error {
-	if err := t.stream.Send(c); err != nil {
+func (t *transfer) sendLocked(m any) error {
+	if err := t.stream.SendMsg(m); err != nil {
 		return fmt.Errorf("send to the receiver: %w", err)
 	}
 	t.moved.Store(time.Now().UnixNano())
