@@ -15,8 +15,7 @@ import (
 func TestAwayForTooLong(t *testing.T) {
 	forStress(t)
 	t.Parallel()
-	c, ctx := private(t, options(t))
-	configure(t, ctx, c, "limits: {log: 1MiB}")
+	c, ctx := configured(t, "limits: {log: 1MiB}")
 	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")
 	_, away := leaderOf(t, ctx, c)
 	check(t, c.KillNode(ctx, away))

@@ -27,8 +27,7 @@ const (
 // TestFencing freezes sidecars, so that a node is cut off or has slept through what the others did. Nothing it says
 // then is false, and nothing it said before was.
 func TestFencing(t *testing.T) {
-	c, ctx := private(t, options(t))
-	configure(t, ctx, c, fmt.Sprintf("max_staleness: %v\ncommit_timeout: %v", maxStaleness, commitTimeout))
+	c, ctx := configured(t, fmt.Sprintf("max_staleness: %v\ncommit_timeout: %v", maxStaleness, commitTimeout))
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
 		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)",

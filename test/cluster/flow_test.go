@@ -16,8 +16,7 @@ import (
 // the leader is left alone: where reads without quorum are refused, they end at once.
 func TestFlowControl(t *testing.T) {
 	t.Parallel()
-	c, ctx := private(t, options(t))
-	configure(t, ctx, c, "limits: {lag: 64, lag_patience: 1s}\nreads_without_quorum: refuse")
+	c, ctx := configured(t, "limits: {lag: 64, lag_patience: 1s}\nreads_without_quorum: refuse")
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
 		"CREATE TABLE counters (writer text PRIMARY KEY, n bigint NOT NULL)")
@@ -66,10 +65,9 @@ func freezePostgres(t *testing.T, c *cluster.Cluster, i int) (thaw func()) {
 // nobody's memory.
 func TestStressFrozen(t *testing.T) {
 	forStress(t)
-	c, _ := private(t, options(t))
+	c, _ := configured(t, "limits: {lag: 64, lag_patience: 1s, apply_memory: 8MiB}")
 	ctx, cancel := context.WithTimeout(t.Context(), 5*testTimeout) // for as much as a slow disk takes
 	defer cancel()
-	configure(t, ctx, c, "limits: {lag: 64, lag_patience: 1s, apply_memory: 8MiB}")
 	create(t, ctx, c, "CREATE TABLE heavy (id int PRIMARY KEY, v text NOT NULL)")
 	leader, slow := leaderOf(t, ctx, c)
 	grown := watchMemory(t, ctx, c)

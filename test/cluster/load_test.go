@@ -317,18 +317,9 @@ func (s *stress) define(ctx context.Context, conn *pgx.Conn, n int) error {
 func TestCoreOnTwoMajors(t *testing.T) {
 	t.Parallel()
 	older, newer := pgtest.Install(t, 17).BinDir, pgtest.Install(t, 18).BinDir
-	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
-	defer cancel()
 	o := options(t)
 	o.Nodes, o.PGBins = 3, []string{older, newer, newer}
-	c, err := cluster.FoundTogether(ctx, o)
-	check(t, err)
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(c.Logs(25))
-		}
-		check(t, c.Destroy())
-	})
+	c, ctx := privateBy(t, o, cluster.FoundTogether)
 	for i, want := range []int{17, 18, 18} {
 		equals(t, ctx, gateway(t, ctx, c, i+1), want, "SELECT current_setting('server_version_num')::int / 10000")
 	}

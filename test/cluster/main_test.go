@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/test/cluster"
 )
 
@@ -168,11 +168,24 @@ func verifyShared(t *testing.T, c *cluster.Cluster) {
 // the error.
 func private(t *testing.T, o cluster.Options) (*cluster.Cluster, context.Context) {
 	t.Helper()
+	return privateBy(t, o, cluster.Start)
+}
+
+// configured is private with more in the configuration of the nodes than those of a demo have.
+func configured(t *testing.T, more string) (*cluster.Cluster, context.Context) {
+	t.Helper()
+	o := options(t)
+	o.Nodes, o.PGBin, o.Configuration = 3, pgtest.Install(t, 18).BinDir, more+"\n"
+	return privateBy(t, o, cluster.FoundTogether)
+}
+
+func privateBy(t *testing.T, o cluster.Options, start func(context.Context, cluster.Options) (*cluster.Cluster, error)) (*cluster.Cluster, context.Context) {
+	t.Helper()
 	if os.Getenv(attachVariable) != "" {
 		t.Skipf("%s is set, and this test stops processes", attachVariable)
 	}
 	begin := time.Now()
-	c, err := cluster.Start(t.Context(), o)
+	c, err := start(t.Context(), o)
 	check(t, err)
 	t.Logf("cluster started in %v", time.Since(begin).Round(time.Millisecond))
 	t.Cleanup(func() {
@@ -186,19 +199,6 @@ func private(t *testing.T, o cluster.Options) (*cluster.Cluster, context.Context
 	ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
 	t.Cleanup(cancel)
 	return c, ctx
-}
-
-// configure adds to the configuration of all nodes, which are restarted for it.
-func configure(t *testing.T, ctx context.Context, c *cluster.Cluster, text string) {
-	t.Helper()
-	check(t, c.Stop())
-	for i := 1; i <= c.Nodes; i++ {
-		f, err := os.OpenFile(filepath.Join(c.NodeDir(i), "quorate.yaml"), os.O_APPEND|os.O_WRONLY, 0)
-		check(t, err)
-		_, err = f.WriteString("\n" + text + "\n")
-		check(t, errors.Join(err, f.Close()))
-	}
-	check(t, c.Resume(ctx))
 }
 
 func check(t *testing.T, err error) {
