@@ -23,10 +23,14 @@ func (n *Node) supersede(ctx context.Context, id txn.NodeID) error {
 		if err == nil || status.Code(err) == codes.NotFound {
 			break
 		}
-		if sleepErr := sleep(ctx, pause); sleepErr != nil {
+		n.log.Info("the member that this node replaces has not left yet", "member", id, logkey.Reason, err)
+		wait := pause
+		if status.Code(err) == codes.FailedPrecondition {
+			wait = hopelessAttempt // each attempt sends that member's clients away
+		}
+		if sleep(ctx, wait) != nil {
 			return nil // the node ends, and goes on with it when it is started again
 		}
-		n.log.Info("the member that this node replaces has not left yet", "member", id, logkey.Reason, err)
 	}
 	n.log.Info("this node has replaced a member", "member", id)
 	if err := n.identity.change(func(is *config.Identity) { is.Supersedes = 0 }); err != nil {
