@@ -465,7 +465,10 @@ func TestCloneGoesOn(t *testing.T) {
 	}
 	stop()
 	writers.Wait()
-	end := nodes[0].current.Load().machine.LastCSN()
+	end := last
+	for _, n := range nodes { // one may not have read yet what was written at another
+		end = max(end, n.current.Load().machine.LastCSN())
+	}
 	var want []string
 	for i, n := range nodes {
 		if err := n.current.Load().pipeline.WaitFor(ctx, end); err != nil {
