@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto"
 	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/heapprofiler"
@@ -226,14 +227,21 @@ func (b *Tab) Open(url string) {
 // Value returns what a JavaScript expression is, of a type that JSON has.
 func Value[T any](b *Tab, expression string) T {
 	b.t.Helper()
-	ctx, cancel := context.WithTimeout(b.ctx, actionTimeout)
-	defer cancel()
-	value, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression))
+	value, err := evaluate[T](b, expression)
 	if err != nil {
 		b.t.Fatalf("browser: evaluate %s: %v", expression, err)
 	}
 	return value
 }
+
+func evaluate[T any](b *Tab, expression string) (T, error) {
+	ctx, cancel := context.WithTimeout(b.ctx, actionTimeout)
+	defer cancel()
+	return chromedp.Run(ctx, chromedp.Evaluate[T](expression))
+}
+
+// navigating is the code of Chromium's error when the page went away while it evaluated something.
+const navigating = -32000
 
 // Visible returns the text that a person sees in the elements that a selector finds, one line each.
 func (b *Tab) Visible(selector string) string {
@@ -259,10 +267,14 @@ func (b *Tab) Await(within time.Duration, what, expression string) time.Duration
 	b.t.Helper()
 	begin := time.Now()
 	for {
-		is := Value[bool](b, expression)
+		is, err := evaluate[bool](b, expression)
 		took := time.Since(begin)
 		if is {
 			return took
+		}
+		var gone *cdproto.Error // in a page that is loaded anew it is not true yet
+		if err != nil && !(errors.As(err, &gone) && gone.Code == navigating) {
+			b.t.Fatalf("browser: evaluate %s: %v", expression, err)
 		}
 		if took > within {
 			b.t.Fatalf("the page did not show %s within %v:\n%s", what, within, Value[string](b, `document.body.innerText`))
