@@ -205,14 +205,9 @@ func (c *Cluster) Destroy() error {
 
 // KillNode kills the sidecar of node i with SIGKILL and waits until it is gone. What it started goes its own way.
 func (c *Cluster) KillNode(ctx context.Context, i int) error {
-	var pid int
-	if p := c.singles[i]; p != nil {
-		pid = p.cmd.Process.Pid // it may not have written its file yet
-	} else {
-		var err error
-		if pid, err = c.SidecarPID(i); err != nil {
-			return err
-		}
+	pid, err := c.SidecarPID(i)
+	if err != nil {
+		return err
 	}
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		return fmt.Errorf("kill node %d: %w", i, err)
@@ -301,6 +296,9 @@ func (c *Cluster) NodeDir(i int) string { return filepath.Join(c.Dir, fmt.Sprint
 
 // SidecarPID returns the process id of the sidecar of node i.
 func (c *Cluster) SidecarPID(i int) (int, error) {
+	if p := c.singles[i]; p != nil {
+		return p.cmd.Process.Pid, nil // it may not have written its file yet: that has the one before it
+	}
 	return ReadPIDFile(filepath.Join(c.NodeDir(i), "quorate.pid"))
 }
 
