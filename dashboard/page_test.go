@@ -209,6 +209,7 @@ func TestPageByKeyboard(t *testing.T) {
 	if a := <-asked; a != (dashboard.Action{Name: dashboard.Drain, Node: 2}) {
 		t.Errorf("asked for %+v", a)
 	}
+	tab.Await(within, "the dialog closed", `!document.querySelector("#ask").open`) // under it nothing can have the focus
 	// Charts tell their figures.
 	tab.Await(within, "points in the charts", `document.querySelector("#plot-lag canvas").getAttribute("aria-label")?.startsWith("Lag, ")`)
 	tab.Focus("#plot-commits canvas")
