@@ -125,16 +125,7 @@ func TestDemo(t *testing.T) {
 	}
 	// One that is started again by hand belongs to the demo as before.
 	again := start(t, "run", "--config", filepath.Join(node2, "quorate.yaml"))
-	for {
-		if code, _, _ := do(t, "status", "--address", fmt.Sprintf("127.0.0.1:%d", base+202)); code == exitOK {
-			break
-		}
-		select {
-		case <-again.done:
-			t.Fatalf("node 2 ended:\n%s", again.output)
-		default:
-		}
-	}
+	again.awaitOutput(t, "the node accepts writes") // before that it answers, too, and being stopped would be a start that has failed
 	if err := syscall.Kill(processNumber(t, dir, "node3", pidFileName), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
