@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/config"
 	"github.com/quorate/quorate/internal/pgserver"
 	"github.com/quorate/quorate/internal/pgserver/pgtest"
 	"github.com/quorate/quorate/test/cluster"
@@ -319,7 +321,10 @@ func TestGrowAndShrink(t *testing.T) {
 		w.end(ctx, 2, 3, 4)
 		conn, err := c.Connect(ctx, 2)
 		check(t, err)
-		equals(t, ctx, conn, "{1:1,2:2,3:0,4:1}", "SELECT array_agg(DISTINCT place || ':' || id % 3)::text FROM appended")
+		shares := one[string](t, ctx, conn, "SELECT array_agg(DISTINCT place || ':' || id % 3)::text FROM appended")
+		if shares != "{1:1,2:2,3:0,4:1}" && shares != "{1:1,2:0,3:2,4:1}" { // 2 and 3 came at once
+			t.Errorf("shares of the sequence by place: %s", shares)
+		}
 		check(t, conn.Close(ctx))
 		return
 	}
@@ -736,13 +741,15 @@ func TestJoinInterrupted(t *testing.T) {
 
 	// The joiner, again and again.
 	check(t, c.Join(2, 1))
-	eventually(t, ctx, func() error { // it has begun
-		_, err := c.SidecarPID(2)
-		return err
-	})
 	for range 3 {
 		time.Sleep(time.Duration(rand.IntN(2500)) * time.Millisecond) // a random moment of its joining is what is tested
 		check(t, c.KillNode(ctx, 2))
+		_, err := config.ReadIdentity(c.NodeDir(2))
+		if errors.Is(err, fs.ErrNotExist) { // before it had asked to join
+			check(t, c.Join(2, 1))
+			continue
+		}
+		check(t, err)
 		check(t, c.StartNode(2))
 	}
 	check(t, c.AwaitState(ctx, 2, "active"))
