@@ -87,19 +87,40 @@ type Node struct {
 }
 
 // Open starts a node of this version of Quorate, as what its data directory says that it is (config.ClaimDataDir), and returns when its clients can connect; it accepts writes once it has
-// caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again.
-func Open(ctx context.Context, cfg config.Config, id config.Identity, version string, log *slog.Logger) (_ *Node, err error) {
+// caught up with the log. ctx bounds the start only. On an error everything that was started is stopped again; it is ErrStopped
+// if ctx was cancelled before the node was open, and stopping it went well.
+func Open(ctx context.Context, cfg config.Config, id config.Identity, version string, log *slog.Logger) (*Node, error) {
 	n := newNode(cfg, id, version, log)
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, n.Close(context.WithoutCancel(ctx)))
-		}
-	}()
+	err := n.open(ctx, log)
+	if err == nil {
+		return n, nil
+	}
+	stopped := errors.Is(ctx.Err(), context.Canceled) // then what was under way has been broken off, and has not failed
+	if stopped {
+		n.log.Info("the node was told to stop while it started", logkey.Error, err)
+	} else {
+		n.event(events.Error, eventStartFailed, n.cfg.Node, fmt.Sprintf("node %s cannot start: %v", n.cfg.Node, err))
+	}
+	closeErr := n.Close(context.WithoutCancel(ctx))
+	switch {
+	case !stopped:
+		return nil, errors.Join(err, closeErr)
+	case closeErr != nil:
+		return nil, closeErr
+	}
+	return nil, ErrStopped
+}
+
+// ErrStopped is Open's when it was told to stop, and has: nothing has failed.
+var ErrStopped = errors.New("the node was stopped before it had started")
+
+// open takes the steps.
+func (n *Node) open(ctx context.Context, log *slog.Logger) error {
 	if err := n.openCertificates(ctx); err != nil {
-		return nil, fmt.Errorf("open certificates: %w", err)
+		return fmt.Errorf("open certificates: %w", err)
 	}
 	if err := n.apply(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	n.log = log.With(logkey.Node, n.cfg.Node)
 	for _, step := range n.steps() {
@@ -107,11 +128,10 @@ func Open(ctx context.Context, cfg config.Config, id config.Identity, version st
 			n.states.set(stateStarting, "the node is starting: it waits for "+step.waits)
 		}
 		if err := step.run(ctx); err != nil {
-			n.event(events.Error, eventStartFailed, n.cfg.Node, fmt.Sprintf("node %s cannot start: %s: %v", n.cfg.Node, step.name, err))
-			return nil, fmt.Errorf("open %s: %w", step.name, err)
+			return fmt.Errorf("open %s: %w", step.name, err)
 		}
 	}
-	return n, nil
+	return nil
 }
 
 // newNode returns a node of which nothing is open.

@@ -125,7 +125,7 @@ func TestDemo(t *testing.T) {
 	}
 	// One that is started again by hand belongs to the demo as before.
 	again := start(t, "run", "--config", filepath.Join(node2, "quorate.yaml"))
-	again.awaitOutput(t, "the node accepts writes") // before that it answers, too, and being stopped would be a start that has failed
+	again.awaitOutput(t, "the node accepts writes") // before that it answers, too
 	if err := syscall.Kill(processNumber(t, dir, "node3", pidFileName), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

@@ -250,6 +250,48 @@ func TestRunRefuses(t *testing.T) {
 	}
 }
 
+// A node that is told to stop while it starts has not failed: neither to who started it, nor in its events.
+func TestRunStopsWhileStarting(t *testing.T) {
+	dir, bin := pgtest.Dir(t, false), pgtest.Dir(t, false)
+	installed := pgtest.Install(t, 18).BinDir
+	if err := os.Symlink(filepath.Join(installed, "postgres"), filepath.Join(bin, "postgres")); err != nil {
+		t.Fatal(err)
+	}
+	// Its initdb does not end by itself.
+	gate := filepath.Join(bin, "gate")
+	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(gate, 0o666); err != nil { // whatever the umask is: the server has an account of its own
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bin, "initdb"), []byte("#!/bin/sh\nexec cat "+gate+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	name := nodeConfig(t, dir, "bin_dir: "+installed+"=>bin_dir: "+bin)
+	p := start(t, "run", "--config", name)
+	begun := make(chan error, 1)
+	go func() {
+		open, err := os.OpenFile(gate, os.O_WRONLY, 0) // returns when somebody reads
+		if err == nil {
+			defer open.Close()
+			p.signal(t, syscall.SIGTERM)
+			<-p.done
+		}
+		begun <- err
+	}()
+	if code := p.await(t); code != exitOK {
+		t.Errorf("exit code %d:\n%s", code, p.output)
+	}
+	if err := <-begun; err != nil {
+		t.Fatal(err)
+	}
+	events, err := os.ReadFile(filepath.Join(dir, "events"))
+	if err != nil || bytes.Contains(events, []byte("start_failed")) || !bytes.Contains(events, []byte(`"stopped"`)) {
+		t.Errorf("events: %v\n%s", err, events)
+	}
+}
+
 // A second process on the same data directory is refused and does the first no harm.
 func TestRunOnce(t *testing.T) {
 	dir := pgtest.Dir(t, false)

@@ -75,6 +75,9 @@ func runOnce(ctx context.Context, file string, stderr io.Writer, watch func(cont
 	defer func() { err = errors.Join(err, pid.release()) }()
 
 	n, err := node.Open(ctx, cfg, identity, ownVersion(), newLogger(cfg.Log, stderr))
+	if errors.Is(err, node.ErrStopped) {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", cfg.Node, err)
 	}
