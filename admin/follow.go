@@ -31,13 +31,24 @@ func (o *Observe) newest() *pb.EventCursor {
 	return at
 }
 
-// Follow implements the RPC. A goroutine for each member hands over what it gets; who reads slowly holds them up, and what
-// they have not read waits in the members' logs of events, which are bounded. It ends with the stream only: while this node
-// reads the log again, members are missing from the list that are back a moment later, and would be followed from the start.
+// Follow implements the RPC.
 func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServer[pb.FollowResponse]) error {
+	return o.FollowEach(stream.Context(), req, func(events []*pb.Event) error {
+		return stream.Send(&pb.FollowResponse{Events: events})
+	})
+}
+
+// FollowEach is Follow for this process: took gets the events of each message of the stream, until it returns an error, ctx
+// ends, or Close is called. FollowEach returns the reason, never nil. took is not called concurrently, must not change the
+// events, and may take its time.
+//
+// A goroutine for each member hands over what it gets; who reads slowly holds them up, and what they have not read waits in
+// the members' logs of events, which are bounded. It ends with the stream only: while this node reads the log again, members
+// are missing from the list that are back a moment later, and would be followed from the start.
+func (o *Observe) FollowEach(ctx context.Context, req *pb.FollowRequest, took func([]*pb.Event) error) error {
 	var group sync.WaitGroup
 	defer group.Wait()
-	ctx, cancel := context.WithCancel(stream.Context())
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(o.closing, cancel)()
 	places := make(map[txn.NodeID]*pb.EventCursor)
@@ -69,9 +80,9 @@ func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServe
 				}
 			}
 		}
-		var r pb.FollowResponse
+		var found []*pb.Event
 		select {
-		case r.Events = <-came:
+		case found = <-came:
 		case <-refresh.C:
 		case <-ctx.Done():
 			if o.closing.Err() != nil {
@@ -79,7 +90,7 @@ func (o *Observe) Follow(req *pb.FollowRequest, stream grpc.ServerStreamingServe
 			}
 			return status.FromContextError(ctx.Err()).Err()
 		}
-		if err := stream.Send(&r); err != nil {
+		if err := took(found); err != nil {
 			return err
 		}
 	}

@@ -27,8 +27,8 @@ type Observed interface {
 	InFlight(most int) []*pb.TransactionInFlight
 	// Lookup tells what became of a transaction.
 	Lookup(ctx context.Context, gid txn.GID) (*pb.LookupResponse, error)
-	// Conflicts returns at most so many conflicts that this node knows of, the newest first.
-	Conflicts(ctx context.Context, most int) []*pb.Conflict
+	// Conflicts returns at most so many conflicts of a kind, "" for all, that this node knows of, the newest first.
+	Conflicts(ctx context.Context, kind string, most int) []*pb.Conflict
 	// Happened returns this node's events that a request selects, the newest first.
 	Happened(req *pb.EventsRequest) []*pb.Event
 	// Follow returns this node's events behind a place that a request selects, the oldest first; the place behind all
@@ -214,13 +214,13 @@ func (o *Observe) Conflicts(ctx context.Context, req *pb.ConflictsRequest) (*pb.
 	}
 	// Where they were PostgreSQL may take its time to say, and whoever asks for all members' waits no longer than for one of these.
 	locating, cancel := context.WithTimeout(ctx, askTimeout/2)
-	resp := &pb.ConflictsResponse{Conflicts: o.node.Conflicts(locating, most)}
+	resp := &pb.ConflictsResponse{Conflicts: o.node.Conflicts(locating, req.GetKind(), most)}
 	cancel()
 	if req.GetLocal() {
 		return resp, nil
 	}
 	others, silent, err := askOthers(ctx, o, func(ctx context.Context, c pb.ObserveClient) ([]*pb.Conflict, error) {
-		r, err := c.Conflicts(ctx, &pb.ConflictsRequest{Local: true, Limit: req.GetLimit()})
+		r, err := c.Conflicts(ctx, &pb.ConflictsRequest{Local: true, Limit: req.GetLimit(), Kind: req.GetKind()})
 		return r.GetConflicts(), err
 	})
 	if err != nil {

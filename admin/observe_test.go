@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -76,8 +77,9 @@ func (o *observed) Lookup(_ context.Context, gid txn.GID) (*pb.LookupResponse, e
 }
 
 // Conflicts are one that all nodes know of, and one of this node alone.
-func (o *observed) Conflicts(context.Context, int) []*pb.Conflict {
-	return []*pb.Conflict{{Kind: "certification", Gid: "1-a-1", TimeMs: int64(10 + o.id)}, {Kind: "eviction", Node: uint32(o.id), TimeMs: int64(o.id)}}
+func (o *observed) Conflicts(_ context.Context, kind string, _ int) []*pb.Conflict {
+	all := []*pb.Conflict{{Kind: "certification", Gid: "1-a-1", TimeMs: int64(10 + o.id)}, {Kind: "eviction", Node: uint32(o.id), TimeMs: int64(o.id)}}
+	return slices.DeleteFunc(all, func(c *pb.Conflict) bool { return kind != "" && c.Kind != kind })
 }
 
 func (o *observed) Happened(req *pb.EventsRequest) (all []*pb.Event) {
@@ -221,6 +223,9 @@ func TestPages(t *testing.T) {
 	c, err := client.Conflicts(ctx, &pb.ConflictsRequest{})
 	if err != nil || len(c.Conflicts) != 3 || c.Conflicts[0].Gid != "1-a-1" || c.Conflicts[0].TimeMs != 11 || c.Conflicts[1].Node != 2 || c.Conflicts[2].Node != 1 {
 		t.Errorf("conflicts: %v, %v", c, err)
+	}
+	if c, err := client.Conflicts(ctx, &pb.ConflictsRequest{Kind: "eviction"}); err != nil || len(c.Conflicts) != 2 || c.Conflicts[0].Kind != "eviction" || len(c.Unreachable) != 1 {
+		t.Errorf("evictions: %v, %v", c, err)
 	}
 	if c, err := client.Conflicts(ctx, &pb.ConflictsRequest{Limit: 1}); err != nil || len(c.Conflicts) != 1 {
 		t.Errorf("one conflict: %v, %v", c, err)

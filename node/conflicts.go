@@ -133,13 +133,17 @@ func (c *conflicts) dropSet(one *conflict) {
 	}
 }
 
-// list returns the latest, the newest first, and finds out where they were. An error of the catalog ends that; what is
-// not known then is found out the next time.
-func (c *conflicts) list(ctx context.Context, most int, locate func(context.Context, *conflict) (capture.Place, bool, error)) []conflict {
+// list returns the latest, all or those of a kind, the newest first, and finds out where they were. An error of the catalog
+// ends that; what is not known then is found out the next time.
+func (c *conflicts) list(ctx context.Context, kind string, most int, locate func(context.Context, *conflict) (capture.Place, bool, error)) []conflict {
+	var found []conflict
 	c.mu.Lock()
-	found := slices.Clone(c.latest[max(0, len(c.latest)-most):])
+	for i := len(c.latest) - 1; i >= 0 && len(found) < most; i-- {
+		if kind == "" || c.latest[i].kind == kind {
+			found = append(found, c.latest[i])
+		}
+	}
 	c.mu.Unlock()
-	slices.Reverse(found)
 	for i := range found {
 		one := &found[i]
 		if one.set == nil {

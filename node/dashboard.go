@@ -7,17 +7,14 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/quorate/quorate/admin"
 	"github.com/quorate/quorate/dashboard"
-	"github.com/quorate/quorate/events"
 	"github.com/quorate/quorate/gateway"
 	"github.com/quorate/quorate/internal/authz"
 	"github.com/quorate/quorate/internal/logkey"
@@ -29,7 +26,7 @@ import (
 
 // openDashboard serves the page to those whom guard lets look.
 func (n *Node) openDashboard(mux *http.ServeMux, guard *authz.HTTP) error {
-	source := &shown{n: n}
+	source := &shown{n: n, gatherer: newGatherer(n)}
 	c := dashboard.Config{
 		Source: source, Logger: n.log.With(logkey.Component, "dashboard"),
 		Role: func(r *http.Request) dashboard.Role {
@@ -53,132 +50,20 @@ func (n *Node) openDashboard(mux *http.ServeMux, guard *authz.HTTP) error {
 	mux.Handle("/{$}", d)
 	mux.Handle("/dashboard/", d)
 	n.alongside(d.Run)
-	n.alongside(source.follow)
+	n.alongside(source.gatherer.run)
 	return nil
 }
 
 // shown is the node as the dashboard shows it.
 type shown struct {
-	n *Node
-	// What only other members know, and where conflicts were, which is found out with PostgreSQL's help, may take its time to
-	// come. So it is gathered beside, while somebody looks.
-	looked   atomic.Int64 // when, in nanoseconds since the node's start
-	gathered atomic.Pointer[gathered]
-}
-
-// gathered is what all members had when they were last asked.
-type gathered struct {
-	transactions []dashboard.Transaction // of the others: this node's are looked at each time
-	conflicts    []dashboard.Conflict
-	events       []dashboard.Event // of the others
-	silent       []dashboard.Silent
-}
-
-const (
-	shownEvents       = 200
-	shownConflicts    = 200
-	shownTransactions = 100
-	gatherInterval    = time.Second
-	gatherTimeout     = 5 * time.Second
-)
-
-// follow gathers until ctx ends.
-func (s *shown) follow(ctx context.Context) error {
-	ticker := time.NewTicker(gatherInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-		}
-		if time.Since(s.n.seen.began)-time.Duration(s.looked.Load()) > 2*gatherInterval {
-			s.gathered.Store(nil) // whoever looks next is not shown what was long ago
-			continue
-		}
-		if g, err := s.gather(ctx); err == nil {
-			s.gathered.Store(g)
-		} else if ctx.Err() == nil {
-			s.n.log.Debug("gather for the dashboard", logkey.Error, err) // what is shown stays as it was
-		}
-	}
-}
-
-// gather asks all members, as the command line has a node do it.
-func (s *shown) gather(ctx context.Context) (*gathered, error) {
-	ctx, cancel := context.WithTimeout(ctx, gatherTimeout)
-	defer cancel()
-	var (
-		transactions *pb.TransactionsResponse
-		conflicts    *pb.ConflictsResponse
-		happened     *pb.EventsResponse
-		group        errgroup.Group
-	)
-	group.Go(func() (err error) {
-		transactions, err = s.n.observe.Transactions(ctx, &pb.TransactionsRequest{Limit: shownTransactions})
-		return err
-	})
-	group.Go(func() (err error) {
-		conflicts, err = s.n.observe.Conflicts(ctx, &pb.ConflictsRequest{Limit: shownConflicts})
-		return err
-	})
-	group.Go(func() (err error) {
-		happened, err = s.n.observe.Events(ctx, &pb.EventsRequest{Limit: shownEvents})
-		return err
-	})
-	if err := group.Wait(); err != nil {
-		return nil, err
-	}
-	g := &gathered{}
-	self := uint32(s.n.cfg.Node)
-	for _, t := range transactions.Transactions {
-		if t.Node != self {
-			g.transactions = append(g.transactions, shownTransaction(t))
-		}
-	}
-	for _, c := range slices.Backward(conflicts.Conflicts) { // the newest comes first
-		g.conflicts = append(g.conflicts, shownConflict(c))
-	}
-	for _, e := range happened.Events {
-		if e.Node != self {
-			g.events = append(g.events, shownEvent(e))
-		}
-	}
-	for _, u := range slices.Concat(transactions.Unreachable, conflicts.Unreachable, happened.Unreachable) {
-		g.silent = append(g.silent, dashboard.Silent{Node: txn.NodeID(u.Node), Reason: u.Reason})
-	}
-	slices.SortStableFunc(g.silent, func(a, b dashboard.Silent) int { return cmp.Compare(a.Node, b.Node) })
-	g.silent = slices.CompactFunc(g.silent, func(a, b dashboard.Silent) bool { return a.Node == b.Node })
-	return g, nil
-}
-
-func shownTransaction(t *pb.TransactionInFlight) dashboard.Transaction {
-	return dashboard.Transaction{GID: t.Gid, Node: txn.NodeID(t.Node), Stage: t.Stage, Age: millis(t.AgeSeconds), Doubt: t.Stage == "in doubt"}
-}
-
-func shownConflict(c *pb.Conflict) dashboard.Conflict {
-	one := dashboard.Conflict{
-		At: time.UnixMilli(c.TimeMs), Node: txn.NodeID(c.Node), Loser: c.Gid, Table: c.Table, Key: c.Key, Reason: c.Kind,
-		Winner: cmp.Or(c.WinnerGid, fmt.Sprintf("CSN %d", c.WinnerCsn)),
-	}
-	// All members tell of a loser that the log knows, each with its own time; of any other, one member does.
-	if one.ID = c.Kind + " " + c.Gid; c.Gid == "" {
-		one.ID = fmt.Sprintf("%s %d %d %d", c.Kind, c.Node, c.TimeMs, c.WinnerCsn)
-	}
-	return one
-}
-
-func shownEvent(e *pb.Event) dashboard.Event {
-	return dashboard.Event{
-		ID: fmt.Sprintf("%d %d", e.Node, e.Number), At: time.UnixMilli(e.TimeMs), Severity: events.Severity(e.Severity).String(),
-		Node: txn.NodeID(e.Node), Kind: e.Kind, Text: e.Text,
-	}
+	n        *Node
+	gatherer *gatherer
 }
 
 // View implements dashboard.Source. It asks nobody.
 func (s *shown) View() dashboard.View {
 	n := s.n
-	s.looked.Store(int64(time.Since(n.seen.began)))
+	gathered := s.gatherer.look()
 	seen := n.View()
 	v := dashboard.View{Cluster: s.cluster(seen)}
 	witnesses := make(map[txn.NodeID]bool)
@@ -195,15 +80,9 @@ func (s *shown) View() dashboard.View {
 	for _, t := range n.InFlight(shownTransactions) {
 		v.Transactions = append(v.Transactions, shownTransaction(t))
 	}
-	for _, e := range n.Happened(&pb.EventsRequest{Limit: shownEvents}) {
-		v.Events = append(v.Events, shownEvent(e))
-	}
-	if g := s.gathered.Load(); g != nil {
-		v.Transactions, v.Events = append(v.Transactions, g.transactions...), append(v.Events, g.events...)
-		v.Conflicts, v.Silent = g.conflicts, g.silent
-	}
+	v.Transactions = append(v.Transactions, gathered.transactions...)
 	slices.SortStableFunc(v.Transactions, func(a, b dashboard.Transaction) int { return cmp.Compare(b.Age, a.Age) })
-	slices.SortFunc(v.Events, func(a, b dashboard.Event) int { return cmp.Or(a.At.Compare(b.At), cmp.Compare(a.ID, b.ID)) })
+	v.Conflicts, v.Events, v.Silent = gathered.conflicts, gathered.events, gathered.silent
 	return v
 }
 

@@ -52,7 +52,7 @@ func TestConflicts(t *testing.T) {
 		calls++
 		return capture.Place{Table: "t", Key: one.set.GID.String()}, true, fail
 	}
-	list := func(most int) []conflict { return c.list(t.Context(), most, locate) }
+	list := func(most int) []conflict { return c.list(t.Context(), "", most, locate) }
 
 	c.committed(5, gid(100))
 	c.certified(&txn.WriteSet{GID: gid(1), Changes: make([]byte, 10)}, txn.Verdict{Reason: txn.AbortConflict, With: 5, Mode: txn.ModeWrite})
@@ -71,6 +71,15 @@ func TestConflicts(t *testing.T) {
 	if len(got) != 4 || got[3].loser != gid(1) || got[3].gid != gid(100) || got[3].place.Key != gid(1).String() || got[2].gid != (txn.GID{}) || got[2].place.Table != "" ||
 		got[1].kind != conflictEvicted || got[1].winner != 5 || got[1].gid != gid(100) || got[1].place.Key != gid(100).String() || got[0].winner != 6 || got[0].place.Table != "" {
 		t.Errorf("conflicts are %+v", got)
+	}
+	for kind, numbers := range map[string][]uint64{conflictEvicted: {4, 3}, conflictCertified: {2, 1}, "other": nil} {
+		var found []uint64
+		for _, one := range c.list(t.Context(), kind, 2, locate) {
+			found = append(found, one.number)
+		}
+		if !slices.Equal(found, numbers) {
+			t.Errorf("of kind %s there are %v, want %v", kind, found, numbers)
+		}
 	}
 	calls = 0
 	if again := list(10); calls != 0 || again[3].place != got[3].place || c.bytes != 0 {

@@ -128,7 +128,7 @@ func (n *Node) Lookup(ctx context.Context, gid txn.GID) (*pb.LookupResponse, err
 			found.InFlight = f
 		}
 	}
-	for _, c := range n.Conflicts(ctx, keptConflicts) {
+	for _, c := range n.Conflicts(ctx, "", keptConflicts) {
 		if c.Gid == name {
 			found.Conflict = c
 		}
@@ -136,10 +136,11 @@ func (n *Node) Lookup(ctx context.Context, gid txn.GID) (*pb.LookupResponse, err
 	return found, nil
 }
 
-// Conflicts returns the latest transactions that lost to others, as this node knows them, the newest first.
-func (n *Node) Conflicts(ctx context.Context, most int) []*pb.Conflict {
+// Conflicts returns the latest transactions that lost to others, all or those of a kind, as this node knows them, the newest
+// first.
+func (n *Node) Conflicts(ctx context.Context, kind string, most int) []*pb.Conflict {
 	var all []*pb.Conflict
-	for _, c := range n.seen.conflicts.list(ctx, most, n.locate) {
+	for _, c := range n.seen.conflicts.list(ctx, kind, most, n.locate) {
 		one := &pb.Conflict{
 			TimeMs: c.at.UnixMilli(), Kind: c.kind, Node: uint32(c.node), WinnerCsn: uint64(c.winner), WinnerNode: uint32(c.gid.Node),
 			Table: c.place.Table, Key: c.place.Key,

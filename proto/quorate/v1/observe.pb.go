@@ -738,6 +738,7 @@ type ConflictsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Local         bool                   `protobuf:"varint,1,opt,name=local,proto3" json:"local,omitempty"`
 	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"` // 0 means 100, the limit is 1000
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`    // only these
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -784,6 +785,13 @@ func (x *ConflictsRequest) GetLimit() uint32 {
 		return x.Limit
 	}
 	return 0
+}
+
+func (x *ConflictsRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
 }
 
 type ConflictsResponse struct {
@@ -1447,10 +1455,11 @@ const file_quorate_v1_observe_proto_rawDesc = "" +
 	"\x0eLookupResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\tR\x06status\x12<\n" +
 	"\tin_flight\x18\x02 \x01(\v2\x1f.quorate.v1.TransactionInFlightR\binFlight\x120\n" +
-	"\bconflict\x18\x03 \x01(\v2\x14.quorate.v1.ConflictR\bconflict\">\n" +
+	"\bconflict\x18\x03 \x01(\v2\x14.quorate.v1.ConflictR\bconflict\"R\n" +
 	"\x10ConflictsRequest\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\bR\x05local\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"\x82\x01\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\"\x82\x01\n" +
 	"\x11ConflictsResponse\x122\n" +
 	"\tconflicts\x18\x01 \x03(\v2\x14.quorate.v1.ConflictR\tconflicts\x129\n" +
 	"\vunreachable\x18\x02 \x03(\v2\x17.quorate.v1.UnreachableR\vunreachable\"\xf8\x01\n" +
