@@ -14,7 +14,7 @@ import (
 // they keep the logs, nor are they torn where a log, or the copy, begins.
 func TestAwayForTooLong(t *testing.T) {
 	forStress(t)
-	t.Parallel()
+	parallel(t)
 	c, ctx := configured(t, "limits: {log: 1MiB}")
 	create(t, ctx, c, "CREATE TABLE kept (id int PRIMARY KEY, filler text NOT NULL)")
 	_, away := leaderOf(t, ctx, c)

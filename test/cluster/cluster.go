@@ -175,6 +175,7 @@ func (c *Cluster) Destroy() error {
 		return nil
 	}
 	stopped := c.stopServers()
+	shared := map[string]bool{} // memory, by file: a server that is killed leaves it
 	// More than once: a postmaster that is killed leaves children that notice it a moment later.
 	for range 100 {
 		left, err := ProcessesUnder(c.root)
@@ -185,6 +186,9 @@ func (c *Cluster) Destroy() error {
 			break
 		}
 		for _, p := range left {
+			for _, file := range p.sharedMemory() {
+				shared[file] = true
+			}
 			// Gone meanwhile is as good as killed.
 			if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 				return fmt.Errorf("kill process %d: %w", p.PID, err)
@@ -198,9 +202,14 @@ func (c *Cluster) Destroy() error {
 	for _, p := range c.singles {
 		<-p.done
 	}
-	err := errors.Join(stopped, os.RemoveAll(c.root), c.ports.Close())
+	errs := []error{stopped, os.RemoveAll(c.root), c.ports.Close()}
+	for file := range shared {
+		if err := os.Remove(file); !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
 	c.root = ""
-	return err
+	return errors.Join(errs...)
 }
 
 // KillNode kills the sidecar of node i with SIGKILL and waits until it is gone. What it started goes its own way.

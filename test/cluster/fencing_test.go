@@ -54,25 +54,45 @@ func TestFencing(t *testing.T) {
 	check(t, c.Stop())
 }
 
-// freeze stops a node's sidecar as a debugger would, or a starved hypervisor. thaw may be called twice.
-func freeze(t *testing.T, c *cluster.Cluster, i int) (thaw func()) {
+// freeze stops sidecars as a debugger would, or a starved hypervisor. thaw may be called twice.
+func freeze(t *testing.T, c *cluster.Cluster, nodes ...int) (thaw func()) {
 	t.Helper()
-	pid, err := c.SidecarPID(i)
-	check(t, err)
-	check(t, syscall.Kill(pid, syscall.SIGSTOP))
-	for stopped := false; !stopped; { // a thread that is running goes on for a moment
-		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	var pids []int
+	for _, i := range nodes {
+		pid, err := c.SidecarPID(i)
 		check(t, err)
-		stopped = len(threads) > 0
-		for _, name := range threads {
-			stat, err := os.ReadFile(name)
-			_, state, _ := strings.Cut(string(stat), ") ")
-			stopped = stopped && (err != nil || strings.HasPrefix(state, "T")) // one that has ended has stopped, too
+		pids = append(pids, pid)
+		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) }) // it may have ended
+		check(t, syscall.Kill(pid, syscall.SIGSTOP))
+		for stopped := false; !stopped; { // a thread that is running goes on for a moment
+			threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+			check(t, err)
+			stopped = len(threads) > 0
+			for _, name := range threads {
+				stat, err := os.ReadFile(name)
+				_, state, _ := strings.Cut(string(stat), ") ")
+				stopped = stopped && (err != nil || strings.HasPrefix(state, "T")) // one that has ended has stopped, too
+			}
 		}
 	}
-	thaw = func() { check(t, syscall.Kill(pid, syscall.SIGCONT)) }
-	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) }) // it may have ended
-	return thaw
+	return func() {
+		for _, pid := range pids {
+			check(t, syscall.Kill(pid, syscall.SIGCONT))
+		}
+	}
+}
+
+// executeAnew runs a statement in a session of its own, as soon as node i lets it.
+func executeAnew(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, sql string) {
+	t.Helper()
+	eventually(t, ctx, func() error {
+		conn, err := c.Connect(ctx, i)
+		if err != nil {
+			return err
+		}
+		defer closeAtEnd(t, conn)
+		return execute(ctx, conn.PgConn(), sql)
+	})
 }
 
 func followerFrozen(t *testing.T, ctx context.Context, c *cluster.Cluster) {
@@ -115,10 +135,7 @@ func frozen(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 	t.Logf("node %d frozen: no commit for %v on the others", i, l.longestPause(began, others(c, i)...).Round(time.Millisecond))
 	time.Sleep(time.Until(began.Add(maxStaleness + 300*time.Millisecond)))
 	// Woken up alone it cannot hear from a majority before it has judged the questions, however slowly it does that.
-	var thawOthers []func()
-	for _, other := range others(c, i) {
-		thawOthers = append(thawOthers, freeze(t, c, other))
-	}
+	thawOthers := freeze(t, c, others(c, i)...)
 	woken := time.Now()
 	thaw()
 	for k := range readers {
@@ -126,9 +143,7 @@ func frozen(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 			t.Errorf("question %d, from before the node woke up, after %v: %v, want 57P03", k, time.Since(woken).Round(time.Millisecond), err)
 		}
 	}
-	for _, thaw := range thawOthers {
-		thaw()
-	}
+	thawOthers()
 	heard := time.Now()
 	var v string
 	eventually(t, ctx, func() error {
@@ -169,10 +184,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	equals(t, ctx, reader, "", "SELECT v FROM spots WHERE id = 1")
 
 	cut := time.Now()
-	var thaws []func()
-	for _, i := range others(c, leader) {
-		thaws = append(thaws, freeze(t, c, i))
-	}
+	thaw := freeze(t, c, others(c, leader)...)
 	// One that the coordinator takes before anybody knows.
 	ended := make(chan error, 1)
 	var waited time.Duration
@@ -247,18 +259,9 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 		t.Errorf("a commit that was under way ends after %v, with %v", waited, err)
 	}
 	undecided := regexp.MustCompile(`\d+-[0-9a-f]+-\d+`).FindString(fmt.Sprint(err))
-	for _, thaw := range thaws {
-		thaw()
-	}
+	thaw()
 	thawed := time.Now()
-	eventually(t, ctx, func() error {
-		conn, err := c.Connect(ctx, leader)
-		if err != nil {
-			return err
-		}
-		defer closeAtEnd(t, conn)
-		return execute(ctx, conn.PgConn(), "UPDATE spots SET v = 'again' WHERE id = 4")
-	})
+	executeAnew(t, ctx, c, leader, "UPDATE spots SET v = 'again' WHERE id = 4")
 	t.Logf("the node writes %v after the others woke up", time.Since(thawed).Round(time.Millisecond))
 	eventually(t, ctx, func() error { return c.Settle(ctx) }) // one of the others is enough for a write
 	gids[undecided] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, undecided)

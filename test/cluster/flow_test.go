@@ -15,7 +15,7 @@ import (
 // active, which ends its clients' sessions, and is active again when it has caught up. Nothing is lost. Afterwards
 // the leader is left alone: where reads without quorum are refused, they end at once.
 func TestFlowControl(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	c, ctx := configured(t, "limits: {lag: 64, lag_patience: 1s}\nreads_without_quorum: refuse")
 	create(t, ctx, c,
 		"CREATE TABLE entries (id text PRIMARY KEY, writer text NOT NULL)",
@@ -126,10 +126,7 @@ func refusesReads(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	leader, _ := leaderOf(t, ctx, c)
 	reader := gateway(t, ctx, c, leader)
 	cut := time.Now()
-	var thaws []func()
-	for _, i := range others(c, leader) {
-		thaws = append(thaws, freeze(t, c, i))
-	}
+	thaw := freeze(t, c, others(c, leader)...)
 	var err error
 	for err == nil && ctx.Err() == nil {
 		err = execute(ctx, reader.PgConn(), "SELECT count(*) FROM entries")
@@ -140,15 +137,6 @@ func refusesReads(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	if _, err := c.Connect(ctx, leader); cluster.SQLState(err) != "57P03" {
 		t.Errorf("connect: %v", err)
 	}
-	for _, thaw := range thaws {
-		thaw()
-	}
-	eventually(t, ctx, func() error {
-		conn, err := c.Connect(ctx, leader)
-		if err != nil {
-			return err
-		}
-		defer closeAtEnd(t, conn)
-		return execute(ctx, conn.PgConn(), "SELECT count(*) FROM entries")
-	})
+	thaw()
+	executeAnew(t, ctx, c, leader, "SELECT count(*) FROM entries")
 }

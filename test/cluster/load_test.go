@@ -315,7 +315,7 @@ func (s *stress) define(ctx context.Context, conn *pgx.Conn, n int) error {
 // TestCoreOnTwoMajors runs the core scenarios on a cluster that has the oldest major version that is supported, where most of
 // them begin, beside the newest.
 func TestCoreOnTwoMajors(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	older, newer := pgtest.Install(t, 17).BinDir, pgtest.Install(t, 18).BinDir
 	o := options(t)
 	o.Nodes, o.PGBins = 3, []string{older, newer, newer}

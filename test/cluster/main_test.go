@@ -51,20 +51,36 @@ func TestMain(m *testing.M) {
 }
 
 func dismantle() error {
+	err := stopShared()
+	if fixtures.bin != "" {
+		err = errors.Join(err, os.RemoveAll(fixtures.bin))
+	}
+	return err
+}
+
+// stopShared stops the shared cluster, if there is one.
+func stopShared() error {
 	f := &fixtures
 	f.Lock()
 	defer f.Unlock()
-	var errs []error
-	if f.shared != nil && !f.shared.Attached() {
-		if err := f.shared.Stop(); err != nil {
-			errs = append(errs, err, errors.New(f.shared.Logs(40)))
-		}
-		errs = append(errs, f.shared.Destroy())
+	if f.shared == nil || f.shared.Attached() {
+		return nil
 	}
-	if f.bin != "" {
-		errs = append(errs, os.RemoveAll(f.bin))
+	err := f.shared.Stop()
+	if err != nil {
+		err = errors.Join(err, errors.New(f.shared.Logs(40)))
 	}
-	return errors.Join(errs...)
+	err = errors.Join(err, f.shared.Destroy())
+	f.shared, f.starts = nil, 0
+	return err
+}
+
+// parallel has a test run beside others, when those that are not parallel are over, and with them the shared cluster: even one
+// with nothing to do takes its share of the processors.
+func parallel(t *testing.T) {
+	t.Helper()
+	t.Parallel()
+	check(t, stopShared())
 }
 
 // command returns the compiled command.

@@ -284,7 +284,7 @@ func (w *writers) left(ctx context.Context, place, by int) {
 func TestGrowAndShrink(t *testing.T) {
 	long := os.Getenv(stressVariable) != ""
 	if !long {
-		t.Parallel() // with eight nodes beside this one's there would be elections, which clients notice
+		parallel(t) // with eight nodes beside this one's there would be elections, which clients notice
 	}
 	most := 3
 	if long {
@@ -367,7 +367,7 @@ func refuses(t *testing.T, ctx context.Context, c *cluster.Cluster, place, by in
 // TestRollingRestart: every node is drained, restarted and used again, while clients write on all of them. None of them sees
 // more than the end of its session between two transactions. The first one began on a PostgreSQL with data, which the others have too.
 func TestRollingRestart(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	c, ctx := grownFrom(t, populate(t), 3)
 	w := newWriters(t, ctx, c)
 	defer w.stop()
@@ -456,7 +456,7 @@ func checkPopulated(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 // TestWitness: two nodes with data and a witness survive the loss of either. The witness, which applies nothing, is not
 // taken for one that lags, nor for one whose PostgreSQL is down.
 func TestWitness(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	c, ctx := grown(t, 4, "limits: {lag: 16}\n")
 	check(t, c.JoinWitness(3, 1))
 	check(t, c.AwaitState(ctx, 3, "active"))
@@ -530,7 +530,7 @@ func TestWitness(t *testing.T) {
 // TestForceNewCluster: the only survivor of three goes on alone, with everything that was acknowledged while it lived; the
 // others stay out of the new cluster, and new nodes join it.
 func TestForceNewCluster(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	c, ctx := grown(t, 4)
 	for place := 2; place <= 3; place++ {
 		check(t, c.Join(place, 1))
@@ -591,7 +591,7 @@ func TestForceNewCluster(t *testing.T) {
 // is wrong, and gets its data anew when it is told to.
 func TestSetBack(t *testing.T) {
 	forStress(t)
-	t.Parallel()
+	parallel(t)
 	c, ctx := grown(t, 2)
 	check(t, c.Join(2, 1))
 	check(t, c.AwaitState(ctx, 2, "active"))
@@ -733,7 +733,7 @@ func writeAt(t *testing.T, ctx context.Context, c *cluster.Cluster, place, n int
 
 // TestJoinInterrupted: whoever dies while a node joins, the node is a member in the end, and nothing of what was broken off is left.
 func TestJoinInterrupted(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	c, ctx := grown(t, 4)
 	w := newWriters(t, ctx, c)
 	defer w.stop()

@@ -60,6 +60,17 @@ func ReadProcess(pid int) (Process, error) {
 	return p, nil
 }
 
+// sharedMemory returns the files of dynamic shared memory that a PostgreSQL process has. One that is gone has none.
+func (p Process) sharedMemory() (files []string) {
+	maps, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.PID), "maps"))
+	for line := range strings.Lines(string(maps)) {
+		if at := strings.Index(line, "/dev/shm/PostgreSQL."); at >= 0 && !strings.HasSuffix(line, "(deleted)\n") {
+			files = append(files, strings.TrimSpace(line[at:]))
+		}
+	}
+	return files
+}
+
 // Processes reads all processes of the machine. Those that end meanwhile are left out.
 func Processes() ([]Process, error) {
 	entries, err := os.ReadDir("/proc")

@@ -25,7 +25,7 @@ import (
 // TestRecovery kills parts of one cluster, one after the other and under load: everything that was acknowledged is
 // there afterwards, nothing that was refused, nothing twice; the nodes are equal, and what was killed came back.
 func TestRecovery(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	recoverFrom(t, options(t), []fault{
 		{"PostgresKilled", postgresKilled},
 		{"BackendKilled", backendKilled},
@@ -47,7 +47,7 @@ func TestRecovery(t *testing.T) {
 // TestRecoveryFullDisks is the same for disks on which a node can do nothing more.
 func TestRecoveryFullDisks(t *testing.T) {
 	forStress(t)
-	t.Parallel()
+	parallel(t)
 	recoverFrom(t, options(t), []fault{
 		{"RaftLogDiskFull", raftLogDiskFull},
 		{"WALDiskFull", walDiskFull},
@@ -58,7 +58,7 @@ func TestRecoveryFullDisks(t *testing.T) {
 // which it matters who that is. It is for make stress.
 func TestRecoveryAttached(t *testing.T) {
 	forStress(t)
-	t.Parallel()
+	parallel(t)
 	o := options(t)
 	o.Supervised = true
 	recoverFrom(t, o, []fault{

@@ -23,6 +23,13 @@ func certificates(c *cluster.Cluster, node int) []string {
 	return []string{filepath.Join(c.CertDir(), fmt.Sprintf("node%d.crt", node))}
 }
 
+// signIn types a token where it is asked for.
+func signIn(tab *browser.Tab, token string) {
+	tab.AwaitText(patience, "#sign-in", "Token")
+	tab.Type("#token", token+kb.Enter)
+	tab.AwaitText(patience, "#verdict", "Healthy")
+}
+
 // TestPageOverTLS looks at nodes that are machines of their own, with certificates, as an operator with a token does: a
 // direction that is broken is seen, a node gets its data anew, and leaves.
 func TestPageOverTLS(t *testing.T) {
@@ -58,17 +65,13 @@ func TestPageOverTLS(t *testing.T) {
 	})
 	tab := browser.Open(t, browser.Options{Noisy: true, Trusted: certificates(c, 1)})
 	tab.Open("https://" + c.HTTP(1) + "/")
-	tab.AwaitText(patience, "#sign-in", "Token")
-	tab.Type("#token", tokens["read"]+kb.Enter)
-	tab.AwaitText(patience, "#verdict", "Healthy")
+	signIn(tab, tokens["read"])
 	tab.Await(patience, "no actions to who may only look", `Array.from(document.querySelectorAll(".menu")).every((m) => !m.checkVisibility())`)
 	if browser.Value[string](tab, "document.cookie") != "" {
 		t.Error("scripts can read the cookie, which is the token")
 	}
 	tab.Click("#leave")
-	tab.AwaitText(patience, "#sign-in", "Token")
-	tab.Type("#token", tokens["operate"]+kb.Enter)
-	tab.AwaitText(patience, "#verdict", "Healthy")
+	signIn(tab, tokens["operate"])
 	tab.AwaitText(patience, "#links", "Every node hears every other.")
 
 	t.Run("OneWay", func(t *testing.T) {
@@ -102,9 +105,7 @@ func TestPageOverTLS(t *testing.T) {
 		}
 		other := browser.Open(t, browser.Options{Noisy: true, Trusted: certificates(c, 2)})
 		other.Open("https://" + c.HTTP(2) + "/")
-		other.AwaitText(patience, "#sign-in", "Token")
-		other.Type("#token", tokens["read"]+kb.Enter)
-		other.AwaitText(patience, "#verdict", "Healthy")
+		signIn(other, tokens["read"])
 		isolate := func(link network.Link) {
 			for _, peer := range []int{2, 3} {
 				net.Set(1, peer, link)
