@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
@@ -143,8 +142,7 @@ func newNode(cfg config.Config, id config.Identity, version string, log *slog.Lo
 	}
 	n.states.changed = n.stateChanged
 	n.states.set(stateStarting, "the node is starting")
-	n.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		n.strays, n.recoveries, &n.states)
+	n.metrics.MustRegister(n.strays, n.recoveries, &n.states)
 	var lifetime context.Context
 	lifetime, n.cancel = context.WithCancelCause(context.Background())
 	n.group, n.ctx = errgroup.WithContext(lifetime)

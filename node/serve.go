@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
 
@@ -110,13 +111,22 @@ func (n *Node) status() admin.Status {
 	return s
 }
 
-// gather collects the node's metrics and those of the current incarnation, which begin anew with it.
-func (n *Node) gather() ([]*dto.MetricFamily, error) {
-	gatherers := prometheus.Gatherers{n.metrics}
+// gather collects the node's metrics and those of the current incarnation, which begin anew with it, and others.
+func (n *Node) gather(others ...prometheus.Gatherer) ([]*dto.MetricFamily, error) {
+	gatherers := append(prometheus.Gatherers{n.metrics}, others...)
 	if i := n.current.Load(); i != nil {
 		gatherers = append(gatherers, i.metrics)
 	}
 	return gatherers.Gather()
+}
+
+// serveMetrics serves the node's metrics and those of its process. They are not compressed: that would take longer than all the
+// rest of it, to spare some tens of KiB a few times a minute.
+func (n *Node) serveMetrics() http.Handler {
+	process := prometheus.NewRegistry() // apart: it reads files, and the charts' samples, one a second, need nothing of it
+	process.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	all := func() ([]*dto.MetricFamily, error) { return n.gather(process) }
+	return promhttp.HandlerFor(prometheus.GathererFunc(all), promhttp.HandlerOpts{DisableCompression: true})
 }
 
 // openHTTP serves the probes, the dashboard and the metrics, while the node starts, too.
@@ -126,7 +136,7 @@ func (n *Node) openHTTP(ctx context.Context) error {
 		return err
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", guard.Require(pki.Read, promhttp.HandlerFor(prometheus.GathererFunc(n.gather), promhttp.HandlerOpts{})))
+	mux.Handle("GET /metrics", guard.Require(pki.Read, n.serveMetrics()))
 	if err := n.openDashboard(mux, guard); err != nil {
 		return err
 	}
