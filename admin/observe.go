@@ -85,15 +85,15 @@ func (o *Observe) Watch(_ *pb.WatchRequest, stream grpc.ServerStreamingServer[pb
 	interval, refresh := time.NewTicker(WatchInterval), time.NewTimer(WatchRefresh)
 	defer interval.Stop()
 	defer refresh.Stop()
-	var last *pb.View
+	var last *pb.View // timeless
 	for {
 		changed := o.node.Changed() // before the view: what changes meanwhile is seen next time
 		v := o.node.View()
-		if last == nil || news(last, v) {
+		if now := timeless(v); last == nil || !proto.Equal(last, now) {
 			if err := stream.Send(v); err != nil {
 				return err
 			}
-			last = v
+			last = now
 			refresh.Reset(WatchRefresh)
 		}
 		select {
@@ -115,10 +115,8 @@ func (o *Observe) Watch(_ *pb.WatchRequest, stream grpc.ServerStreamingServer[pb
 	}
 }
 
-// news reports whether two views differ in more than the time that has passed between them.
-func news(was, is *pb.View) bool { return !proto.Equal(timeless(was), timeless(is)) }
-
-// timeless returns a copy of a view without what changes by itself; ages only tell on which side of the limit they are.
+// timeless returns a copy of a view without what changes by itself; ages only tell on which side of the limit they are. Two
+// that differ do so in more than the time that has passed between them.
 func timeless(v *pb.View) *pb.View {
 	v = proto.CloneOf(v)
 	v.TimeMs = 0

@@ -132,6 +132,9 @@ func (e Event) id() string    { return e.ID }
 // listings are the newest items of a list, with the frames of those that were there before.
 func listings[T item](items []T, before []listing[T], sequence uint64) []listing[T] {
 	items = items[max(0, len(items)-listed):]
+	if slices.EqualFunc(items, before, func(one T, old listing[T]) bool { return one == old.item }) {
+		return before // as in nearly every frame
+	}
 	known := make(map[string]listing[T], len(before))
 	for _, old := range before {
 		known[old.item.id()] = old
@@ -296,19 +299,28 @@ type cursor struct {
 
 // update is what a page is sent.
 type update struct {
-	First        bool            `json:"first,omitempty"` // what was shown before is void
-	At           int64           `json:"at"`
-	Build        string          `json:"build,omitempty"`  // of the page; another one means: load it again
-	Stages       []string        `json:"stages,omitempty"` // of a commit, in their order
-	Verdict      json.RawMessage `json:"verdict,omitempty"`
-	Cluster      json.RawMessage `json:"cluster,omitempty"`
-	Nodes        json.RawMessage `json:"nodes,omitempty"`
-	Links        json.RawMessage `json:"links,omitempty"`
-	Transactions json.RawMessage `json:"transactions,omitempty"`
-	Silent       json.RawMessage `json:"silent,omitempty"`
-	Samples      []sample        `json:"samples,omitempty"`   // to be appended
-	Conflicts    []Conflict      `json:"conflicts,omitempty"` // to be added, or to replace the one of the same ID
-	Events       []Event         `json:"events,omitempty"`    // the same
+	First     bool       `json:"first,omitempty"` // what was shown before is void
+	At        int64      `json:"at"`
+	Build     string     `json:"build,omitempty"`     // of the page; another one means: load it again
+	Stages    []string   `json:"stages,omitempty"`    // of a commit, in their order
+	Samples   []sample   `json:"samples,omitempty"`   // to be appended
+	Conflicts []Conflict `json:"conflicts,omitempty"` // to be added, or to replace the one of the same ID
+	Events    []Event    `json:"events,omitempty"`    // the same
+	parts     [numParts]json.RawMessage
+}
+
+// encode adds the parts to the rest as they are: as a field each would be read through once more for each page.
+func (u *update) encode() ([]byte, error) {
+	text, err := json.Marshal(u)
+	if err != nil {
+		return nil, err
+	}
+	for i, part := range u.parts {
+		if part != nil {
+			text = fmt.Appendf(text[:len(text)-1], ",%q:%s}", partNames[i], part)
+		}
+	}
+	return text, nil
 }
 
 // since returns what has changed since c and moves c, or nil and what to wait for. However slow a page is, nothing
@@ -327,9 +339,9 @@ func (d *Dashboard) since(c *cursor) (*update, <-chan struct{}) {
 	if len(d.stages) > 0 && !slices.Equal(d.stages, c.stages) { // none are known without PostgreSQL
 		u.Stages, c.stages = d.stages, d.stages
 	}
-	for i, to := range [numParts]*json.RawMessage{&u.Verdict, &u.Cluster, &u.Nodes, &u.Links, &u.Transactions, &u.Silent} {
-		if f.parts[i].changed > c.sequence {
-			*to = f.parts[i].text
+	for i, part := range f.parts {
+		if part.changed > c.sequence {
+			u.parts[i] = part.text
 		}
 	}
 	missing := min(d.taken-c.samples, uint64(len(d.history)))

@@ -176,7 +176,7 @@ func (d *Dashboard) serveStream(w http.ResponseWriter, r *http.Request) {
 	for {
 		u, news := d.since(&sent)
 		if u != nil {
-			text, err := json.Marshal(u)
+			text, err := u.encode()
 			if err != nil {
 				d.cfg.Logger.Error("the dashboard cannot be sent", logkey.Error, err)
 				return

@@ -3,6 +3,7 @@ package dashboard
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -137,7 +138,7 @@ type Millis time.Duration
 
 // MarshalJSON writes milliseconds.
 func (m Millis) MarshalJSON() ([]byte, error) {
-	return fmt.Appendf(nil, "%.4g", float64(m)/float64(time.Millisecond)), nil
+	return strconv.AppendFloat(nil, float64(m)/float64(time.Millisecond), 'g', 4, 64), nil
 }
 
 // Ago returns the duration as the fields of View want it.

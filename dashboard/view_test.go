@@ -155,7 +155,7 @@ func TestListsAreBounded(t *testing.T) {
 	if len(u.Events) != listed || u.Events[listed-1].ID != strconv.Itoa(5*listed-1) || len(u.Conflicts) != listed {
 		t.Errorf("%d events, %d conflicts", len(u.Events), len(u.Conflicts))
 	}
-	if n := strings.Count(string(u.Transactions), "gid"); n != waiting {
+	if n := strings.Count(string(u.parts[partTransactions]), "gid"); n != waiting {
 		t.Errorf("%d transactions", n)
 	}
 }

@@ -21,7 +21,6 @@ import (
 	"github.com/quorate/quorate/internal/pki"
 	pb "github.com/quorate/quorate/proto/quorate/v1"
 	"github.com/quorate/quorate/txn"
-	"github.com/quorate/quorate/txn/codec"
 )
 
 // openDashboard serves the page to those whom guard lets look.
@@ -67,8 +66,8 @@ func (s *shown) View() dashboard.View {
 	seen := n.View()
 	v := dashboard.View{Cluster: s.cluster(seen)}
 	witnesses := make(map[txn.NodeID]bool)
-	for _, m := range n.Members().Members {
-		witnesses[m.ID] = m.Role == codec.RoleWitness.String()
+	for _, m := range n.members() {
+		witnesses[m.ID] = m.Witness
 	}
 	for _, node := range seen.Nodes {
 		is := shownNode(seen, node)
