@@ -42,7 +42,7 @@ func TestAwayForTooLong(t *testing.T) {
 	}
 	defer writers.Wait() // what they use is closed behind it
 	defer enough.Store(true)
-	eventually(t, ctx, func() error {
+	eventuallyEvery(t, ctx, asking, func() error {
 		if n := written.Load(); n < 20 {
 			return fmt.Errorf("%d large transactions are written", n)
 		}
@@ -56,7 +56,7 @@ func TestAwayForTooLong(t *testing.T) {
 	})
 
 	check(t, c.StartNode(away))
-	eventually(t, ctx, func() error {
+	eventuallyEvery(t, ctx, asking, func() error {
 		all, err := members(ctx, c, stays[0])
 		if err != nil {
 			return err

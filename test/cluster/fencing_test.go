@@ -263,7 +263,7 @@ func leaderAlone(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 	thawed := time.Now()
 	executeAnew(t, ctx, c, leader, "UPDATE spots SET v = 'again' WHERE id = 4")
 	t.Logf("the node writes %v after the others woke up", time.Since(thawed).Round(time.Millisecond))
-	eventually(t, ctx, func() error { return c.Settle(ctx) }) // one of the others is enough for a write
+	eventuallyEvery(t, ctx, asking, func() error { return c.Settle(ctx) }) // one of the others is enough for a write
 	gids[undecided] = one[string](t, ctx, gateway(t, ctx, c, leader), ask, undecided)
 	for i := 1; i <= c.Nodes; i++ {
 		conn := gateway(t, ctx, c, i)

@@ -48,7 +48,7 @@ func awaitUsage(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, be
 	t.Helper()
 	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	eventually(t, waiting, func() error {
+	eventuallyEvery(t, waiting, asking, func() error {
 		after := use(t, ctx, c, i)
 		if after.files > before.files+slack || after.goroutines > before.goroutines+slack || after.sessions > before.sessions {
 			return fmt.Errorf("node %d: %+v has become %+v", i, before, after)

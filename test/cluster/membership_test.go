@@ -508,7 +508,7 @@ func TestWitness(t *testing.T) {
 	check(t, c.MakeWitness(4))
 	check(t, c.Join(4, 1, "--replace", fmt.Sprint(dead)))
 	check(t, c.AwaitState(ctx, 4, "active"))
-	eventually(t, ctx, func() error {
+	eventuallyEvery(t, ctx, asking, func() error {
 		_, members, err := c.Members(ctx, 4)
 		if err == nil && (len(members) != 3 || slices.ContainsFunc(members, func(m cluster.NodeStatus) bool { return m.ID == dead })) {
 			err = fmt.Errorf("members %+v: node %d is to be replaced", members, dead)

@@ -120,7 +120,7 @@ type load struct {
 // what is broken has a processor to mend itself on.
 const (
 	writersPerNode = 3
-	writersRest    = 20 * time.Millisecond
+	writersRest    = 60 * time.Millisecond
 )
 
 func startLoad(t *testing.T, ctx context.Context, c *cluster.Cluster) *load {
@@ -152,7 +152,7 @@ func (l *load) write(ctx context.Context, node int, writer string) {
 			if err != nil {
 				select {
 				case <-ctx.Done():
-				case <-time.After(5 * time.Millisecond): // it is down, and only asking tells when it is up again
+				case <-time.After(writersRest): // it is down, and only asking tells when it is up again
 				}
 				continue
 			}
@@ -266,8 +266,16 @@ func (l *load) finish(ctx context.Context) {
 	}
 }
 
+// asking is how often what takes a process, a page of metrics or a transaction is looked at: each look takes from what is waited for.
+const asking = 100 * time.Millisecond
+
 // eventually looks again and again until there is no error.
 func eventually(t *testing.T, ctx context.Context, look func() error) {
+	t.Helper()
+	eventuallyEvery(t, ctx, 5*time.Millisecond, look)
+}
+
+func eventuallyEvery(t *testing.T, ctx context.Context, interval time.Duration, look func() error) {
 	t.Helper()
 	for {
 		err := look()
@@ -277,7 +285,7 @@ func eventually(t *testing.T, ctx context.Context, look func() error) {
 		select {
 		case <-ctx.Done():
 			t.Fatal(err)
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(interval):
 		}
 	}
 }
@@ -307,7 +315,7 @@ func members(ctx context.Context, c *cluster.Cluster, asked int) ([]member, erro
 // leaderOf returns the leader and one that follows.
 func leaderOf(t *testing.T, ctx context.Context, c *cluster.Cluster) (leader, follower int) {
 	t.Helper()
-	eventually(t, ctx, func() error {
+	eventuallyEvery(t, ctx, asking, func() error {
 		all, err := members(ctx, c, 1)
 		if err != nil {
 			return err
@@ -331,7 +339,7 @@ func leaderOf(t *testing.T, ctx context.Context, c *cluster.Cluster) (leader, fo
 // lead makes a node the leader.
 func lead(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 	t.Helper()
-	eventually(t, ctx, func() error { // others may be elected meanwhile
+	eventuallyEvery(t, ctx, asking, func() error { // others may be elected meanwhile
 		if leader, _ := leaderOf(t, ctx, c); leader == i {
 			return nil
 		}
@@ -343,7 +351,7 @@ func lead(t *testing.T, ctx context.Context, c *cluster.Cluster, i int) {
 // awaitState waits until node i says of itself that it is in a state, for a reason with these words.
 func awaitState(t *testing.T, ctx context.Context, c *cluster.Cluster, i int, state, reason string) {
 	t.Helper()
-	eventually(t, ctx, func() error { return isState(ctx, c, i, state, reason) })
+	eventuallyEvery(t, ctx, asking, func() error { return isState(ctx, c, i, state, reason) })
 }
 
 func isState(ctx context.Context, c *cluster.Cluster, i int, state, reason string) error {
@@ -421,7 +429,7 @@ func asynchronousCommitsLost(t *testing.T, ctx context.Context, c *cluster.Clust
 		applied := number(t, metric(t, ctx, c, 2, "quorate_apply_applied_csn"))
 		pid, err := c.PostmasterPID(2)
 		kill(t, pid, err)
-		eventually(t, ctx, func() error { return c.Settle(ctx) })
+		eventuallyEvery(t, ctx, asking, func() error { return c.Settle(ctx) })
 		watcher = direct(t, ctx, c, 2)
 		if lost = applied - number(t, metric(t, ctx, c, 2, "quorate_node_start_csn")); lost > 0 {
 			break
@@ -615,7 +623,7 @@ func slotDropped(t *testing.T, ctx context.Context, c *cluster.Cluster) {
 			FROM pg_replication_slots WHERE slot_name = 'quorate'`)
 		return err
 	})
-	eventually(t, ctx, func() error {
+	eventuallyEvery(t, ctx, asking, func() error {
 		if number(t, metric(t, ctx, c, 2, "quorate_node_recoveries_total")) == before {
 			return errors.New("the node goes on without a slot")
 		}

@@ -75,6 +75,8 @@ func TestVerify(t *testing.T) {
 	defer cancel()
 	sleeper := direct(t, ctx, c, 2)
 	sleeping.Go(func() { _ = execute(stuck, sleeper.PgConn(), "SELECT pg_sleep(600)") }) // until it is cancelled
+	// It is left when it has gone on for a second.
+	awaitQuery(t, ctx, conn, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND query ~ 'pg_sleep' AND state_change < clock_timestamp() - interval '1.1 seconds')", sleeper.PgConn().PID())
 	looking, stop := context.WithTimeout(ctx, 2*time.Second)
 	defer stop()
 	if err := c.CheckLeftovers(looking); err == nil || !strings.Contains(err.Error(), "replication slot theirs") || !strings.Contains(err.Error(), "pg_sleep(600)") {
