@@ -61,6 +61,9 @@ func TestCloneHoldsExactly(t *testing.T) {
 	}
 }
 
+// writersRest is how long a writer rests between two transactions: who copies meanwhile needs a processor, too.
+const writersRest = 5 * time.Millisecond
+
 // write commits transactions that leave their GIDs, until writing ends.
 func write(t *testing.T, writing, ctx context.Context, gateway string, w int) {
 	conn, err := pgconn.Connect(ctx, "postgres://postgres@"+gateway+"/postgres?sslmode=disable")
@@ -85,6 +88,7 @@ func write(t *testing.T, writing, ctx context.Context, gateway string, w int) {
 			t.Errorf("writer %d: %v", w, err)
 			return
 		}
+		time.Sleep(writersRest)
 	}
 }
 

@@ -237,6 +237,7 @@ func prefixReader(c *cluster, table string) (stop func()) {
 			}
 			last = count
 			looks++
+			time.Sleep(time.Millisecond) // what is looked at needs a processor, too
 		}
 	})
 	return func() {
