@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/keepalive"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
@@ -134,30 +133,26 @@ func (n *Node) newGRPC() (*grpc.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	options := slices.Concat(guard.Options(), n.gate(), clone.ServerOptions())
-	options = append(options, grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: peers.MinPing}))
+	options := slices.Concat(guard.Options(), n.gate(), clone.ServerOptions(), peers.ServerOptions())
+	options = append(options, grpc.ConnectionTimeout(handshakeTimeout), grpc.MaxHeaderListSize(maxHeader))
 	if n.certificates != nil {
 		options = append(options, grpc.Creds(authz.ServerCredentials(n.certificates)))
 	}
 	return grpc.NewServer(options...), nil
 }
 
-// dialOptions are how this node connects to the gRPC servers of others: none means without encryption.
+// dialOptions are how this node connects to the gRPC servers of others.
 func (n *Node) dialOptions() []grpc.DialOption {
-	if n.certificates == nil {
-		return nil
+	creds := insecure.NewCredentials()
+	if n.certificates != nil {
+		creds = authz.ClientCredentials(n.certificates)
 	}
-	return []grpc.DialOption{grpc.WithTransportCredentials(authz.ClientCredentials(n.certificates)), grpc.WithNoProxy()}
+	return append(peers.DialOptions(), grpc.WithTransportCredentials(creds))
 }
 
 // dial connects to a node's gRPC server, for one question. The caller closes the connection.
 func (n *Node) dial(address string) (*grpc.ClientConn, error) {
-	options := n.dialOptions()
-	if len(options) == 0 {
-		options = []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()}
-	}
-	return grpc.NewClient("passthrough:///"+address, options...)
+	return grpc.NewClient("passthrough:///"+address, n.dialOptions()...)
 }
 
 // listen listens for people and members, no more than maxConnections of them at a time.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/quorate/quorate/internal/authz"
 	"github.com/quorate/quorate/internal/config"
+	"github.com/quorate/quorate/internal/peers"
 	"github.com/quorate/quorate/internal/pki"
 )
 
@@ -74,7 +75,7 @@ func (t *target) dial() (*grpc.ClientConn, error) {
 	} else if !config.Loopback(t.address) {
 		return nil, errors.New("a node that is not on this machine is asked with a certificate only: --ca, --cert and --key, made with \"quorate cert client\"")
 	}
-	conn, err := grpc.NewClient("passthrough:///"+t.address, grpc.WithTransportCredentials(creds), grpc.WithNoProxy())
+	conn, err := grpc.NewClient("passthrough:///"+t.address, append(peers.DialOptions(), grpc.WithTransportCredentials(creds))...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", t.address, err)
 	}
