@@ -34,6 +34,7 @@ type view struct {
 			Commits     float64 `json:"commits_per_second"`
 			Most        int     `json:"max_connections"`
 			Uptime      float64 `json:"uptime_seconds"`
+			Oldest      float64 `json:"oldest_transaction_seconds"`
 			Version     string
 			Postgres    string `json:"postgres_version"`
 		}
@@ -79,6 +80,47 @@ func TestEveryNodeShowsTheCluster(t *testing.T) {
 			return nil
 		})
 	}
+	// A transaction that is left open is seen from another node, and seen to end.
+	open, err := c.Connect(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close(ctx)
+	oldest := func() float64 {
+		var v view
+		ask(t, ctx, c, 2, &v, "nodes")
+		for _, n := range v.Nodes {
+			if n.ID == 1 && n.Health != nil {
+				return n.Health.Oldest
+			}
+		}
+		return -1
+	}
+	const long = 1.5 // seconds; the node's own transactions end at once
+	began := time.Now()
+	for _, s := range []string{"BEGIN", "SELECT FROM account LIMIT 1"} { // the gateway sends BEGIN with what follows
+		if _, err := open.Exec(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	await(t, ctx, "an old transaction", func() error {
+		switch age, most := oldest(), time.Since(began).Seconds(); {
+		case age < long:
+			return fmt.Errorf("the oldest is %v s old", age)
+		case age > most:
+			t.Errorf("a transaction that has been open for %v s is shown as %v s old", most, age)
+		}
+		return nil
+	})
+	if _, err := open.Exec(ctx, "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, ctx, "no old transaction", func() error {
+		if age := oldest(); age < 0 || age >= long {
+			return fmt.Errorf("the oldest is %v s old", age)
+		}
+		return nil
+	})
 	for _, command := range []string{"status", "nodes", "heartbeats", "events", "conflicts", "transactions"} {
 		for _, format := range []string{"table", "json", "yaml"} {
 			code, out, errs := quorate(t, ctx, c, 2, command, "-o", format)
