@@ -71,10 +71,14 @@ func TestLargeTransaction(t *testing.T) {
 	check(t, c.Verify(ctx))
 	t.Logf("on all nodes %v later", time.Since(begin).Round(time.Millisecond))
 
-	// While another large one is under way, small ones commit.
+	// While another large one is under way, small ones commit. It stands for the whole table, so that one of them that is ordered
+	// between its COMMIT and itself has it begin anew.
 	var group sync.WaitGroup
 	group.Go(func() {
-		if _, err := conn.Exec(ctx, "UPDATE wide SET n = n + 1 WHERE id > $1", rows-fewer); err != nil {
+		if err := retry(ctx, func() error {
+			_, err := conn.Exec(ctx, "UPDATE wide SET n = n + 1 WHERE id > $1", rows-fewer)
+			return err
+		}); err != nil {
 			t.Errorf("large update: %v", err)
 		}
 	})
