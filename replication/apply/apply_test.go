@@ -582,8 +582,10 @@ func TestLaterHolderGivesWay(t *testing.T) {
 
 func TestDivergence(t *testing.T) {
 	for name, test := range map[string]struct{ before, transaction, want string }{
-		"missing row":   {"DELETE FROM t WHERE id = 1", "UPDATE t SET v = 'x' WHERE id = 1", "apply transaction 1 UPDATE public.t (id=1): touched 0 rows, not 1"},
-		"extra row":     {"INSERT INTO t VALUES (2, '')", "INSERT INTO t VALUES (2, 'two')", "apply transaction 1 INSERT public.t (id=2): ERROR: duplicate key"},
+		"missing row": {"DELETE FROM t WHERE id = 1", "UPDATE t SET v = 'x' WHERE id = 1", "apply transaction 1 UPDATE public.t (id=1): touched 0 rows, not 1"},
+		"extra row":   {"INSERT INTO t VALUES (2, '')", "INSERT INTO t VALUES (2, 'two')", "apply transaction 1 INSERT public.t (id=2): ERROR: duplicate key"},
+		"extra row among many": {"INSERT INTO t VALUES (77, '')", "INSERT INTO t SELECT g, 'new' FROM generate_series(60, 100) g",
+			"apply transaction 1 INSERT public.t (id=77): ERROR: duplicate key"},
 		"missing table": {"DROP TABLE t", "DELETE FROM t", "apply transaction 1 public.t: there is no such table here"},
 		"other columns": {"ALTER TABLE t ADD extra int", "DELETE FROM t", "apply transaction 1 public.t: has 2 columns at the origin, 3 here"},
 		"other names":   {"ALTER TABLE t RENAME v TO w", "DELETE FROM t", `apply transaction 1 public.t: column "v" does not exist here`},
@@ -604,6 +606,36 @@ func TestDivergence(t *testing.T) {
 				t.Errorf("waiting for what will not come: %v", err)
 			}
 		})
+	}
+}
+
+// TestGatheredRows: rows that go out many at a time are there when something else happens to their table, and what a trigger
+// sees is what it would see without.
+func TestGatheredRows(t *testing.T) {
+	c := newCluster(t, 18, `
+CREATE TABLE a (id int PRIMARY KEY, v text UNIQUE, w text); CREATE TABLE b (id int PRIMARY KEY, v text); CREATE TABLE nothing ();
+CREATE TABLE watched (id int PRIMARY KEY, seen bigint); CREATE TABLE calls (n bigint);
+CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN SELECT count(*) INTO NEW.seen FROM public.a; RETURN NEW; END$$;
+CREATE FUNCTION count_calls() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.calls VALUES (1); RETURN NULL; END$$;`)
+	// Here only, so that what they do is not replicated.
+	c.exec(c.dst, `CREATE TRIGGER look BEFORE INSERT ON watched FOR EACH ROW EXECUTE FUNCTION look(); ALTER TABLE watched ENABLE ALWAYS TRIGGER look;
+CREATE TRIGGER calls AFTER INSERT ON watched FOR EACH STATEMENT EXECUTE FUNCTION count_calls(); ALTER TABLE watched ENABLE REPLICA TRIGGER calls;`)
+	p := start(t, c.config())
+	p.apply(c.run(
+		"INSERT INTO a SELECT g, 'a' || g FROM generate_series(1, 333) g",
+		"INSERT INTO a VALUES (1001, 'x'), (1002, NULL); UPDATE a SET v = 'y' WHERE id = 1001; INSERT INTO a VALUES (1003, 'x'); DELETE FROM a WHERE id = 1003; INSERT INTO a VALUES (1004, 'x')",
+		"DO $$BEGIN FOR g IN 1..150 LOOP INSERT INTO a VALUES (2000 + g, 'l' || g); INSERT INTO b VALUES (g, 'b'); IF g % 50 = 0 THEN UPDATE b SET v = 'c' WHERE id = g; END IF; END LOOP; END$$",
+		"INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES",
+		"INSERT INTO a SELECT 3000 + g, NULL, repeat('x', 20000) FROM generate_series(1, 20) g",
+	))
+	c.equal("a", "b", "nothing")
+	before := c.text(c.dst, "SELECT count(*) FROM a")
+	p.apply(c.run("INSERT INTO a VALUES (5001), (5002); INSERT INTO watched VALUES (1), (2); INSERT INTO a VALUES (5003); INSERT INTO watched VALUES (3)"))
+	if seen := c.text(c.dst, "SELECT string_agg((seen - "+before+")::text, ' ' ORDER BY id) FROM watched"); seen != "2 2 3" {
+		t.Errorf("a trigger sees the rows of another table before it: %s", seen)
+	}
+	if calls := c.text(c.dst, "SELECT count(*) FROM calls"); calls != "3" {
+		t.Errorf("%s calls of a trigger for 3 rows", calls)
 	}
 }
 

@@ -64,6 +64,8 @@ type session struct {
 	statements statementCache
 	relations  map[string]*relation // by Relation message
 	current    []*relation          // of the write set at hand
+	gathering  []*relation          // those for which rows are gathered
+	ordered    bool                 // gather nothing: whichever change fails is to be known
 	change     rowChange
 	shape      []byte
 	params     []column
@@ -74,7 +76,8 @@ type session struct {
 type expectation struct {
 	csn      txn.CSN
 	relation *relation // nil: not a row change
-	message  []byte    // the row change
+	message  []byte    // the row change, or the first of the statement's
+	rows     int64     // how many the statement changes
 	sync     bool      // the end of a batch
 }
 
@@ -212,6 +215,9 @@ func (s *session) awaitEnd() (committed bool, err error) {
 // rollback ends the transaction, whatever state it is in, and forgets what was prepared: a statement whose Parse was
 // skipped after an error does not exist.
 func (s *session) rollback() error {
+	for len(s.gathering) > 0 {
+		s.drop(s.gathering[0])
+	}
 	s.out, s.inBatch = s.out[:0], 0
 	for s.expected.len() > 0 {
 		if last, _ := s.expected.last(); last.sync {
@@ -397,6 +403,7 @@ func (s *session) write() error {
 
 // finish sends the batch, reads all replies and returns the transaction's first failure.
 func (s *session) finish() error {
+	s.insertAll()
 	if err := s.flush(); err != nil {
 		return err
 	}
@@ -439,8 +446,8 @@ func (s *session) readBatch() (last string, err error) {
 			s.expected.pop()
 			if e.relation == nil {
 				last = string(m.CommandTag)
-			} else if !bytes.HasSuffix(m.CommandTag, []byte(" 1")) && s.failed == nil {
-				s.failed = e.divergence(rowsOf(m.CommandTag), nil)
+			} else if rows := rowsOf(m.CommandTag); rows != e.rows && s.failed == nil {
+				s.failed = e.divergence(rows, nil)
 			}
 		case *pgproto3.ErrorResponse:
 			if err := s.fail(m); err != nil {
@@ -494,7 +501,7 @@ func (s *session) receive() (pgproto3.BackendMessage, error) {
 
 // divergence describes a failed statement; it is only final if nothing else can be the reason, which the worker knows.
 func (e expectation) divergence(rows int64, cause error) *Divergence {
-	d := &Divergence{CSN: e.csn, Expected: 1, Actual: rows, Cause: cause}
+	d := &Divergence{CSN: e.csn, Expected: e.rows, Actual: rows, Cause: cause}
 	if e.relation != nil {
 		var c rowChange
 		if c.parse(e.message) == nil {

@@ -64,7 +64,9 @@ type relation struct {
 	columns      []relationAttribute // those of the Relation message, in its order
 	identity     []int               // the columns that identify a row
 	unique       bool                // identity is unique
+	ordered      bool                // it has triggers or rules here, which see the order of changes: see gather
 	texts        map[string]string   // statement text by shape; bounded by maxShapes
+	gathered     gathered
 }
 
 // maxShapes bounds the texts remembered for a relation: a table with many TOASTed columns has many combinations.
@@ -86,6 +88,7 @@ const lookupRelation = `SELECT c.relkind, coalesce(a.attname, ''), a.attidentity
   a.atttypid = ANY ('{bool,bytea,char,name,int8,int2,int4,text,oid,varchar,date,time,timestamp,timestamptz,uuid}'::regtype[])
     AND coalesce(col.collisdeterministic, true),
   format_type(a.atttypid, a.atttypmod),
+  EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled IN ('A', 'R')) OR c.relhasrules,
   (SELECT format('OPERATOR(%I.%s)', opn.nspname, o.oprname)
    FROM pg_index i, LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) AS k(attnum, opclass)
    JOIN pg_opclass oc ON oc.oid = k.opclass
@@ -143,11 +146,11 @@ func (s *session) lookup(m relationMessage) (*relation, error) {
 	if len(rows) == 0 {
 		return nil, mismatch(r, "there is no such table here")
 	}
-	r.partitioned = rows[0][0] == "p"
+	r.partitioned, r.ordered = rows[0][0] == "p", rows[0][5] == "t"
 	local := map[string]relationAttribute{}
 	for _, row := range rows {
 		if row[1] != "" {
-			local[row[1]] = relationAttribute{name: row[1], always: row[2] == "t", exact: row[3] == "t", typeName: row[4], equality: row[5]}
+			local[row[1]] = relationAttribute{name: row[1], always: row[2] == "t", exact: row[3] == "t", typeName: row[4], equality: row[6]}
 		}
 	}
 	indexed := 0
@@ -197,18 +200,29 @@ func (s *session) applyRow(csn txn.CSN, message []byte) error {
 	if len(c.new) != len(r.columns) && c.operation != 'D' || len(c.old) != len(r.columns) && c.identity != 0 {
 		return fmt.Errorf("%s of %d columns, not %d: %w", operationName(c.operation), len(c.new), len(r.columns), txn.ErrCorrupt)
 	}
+	s.settle(r, c.operation == 'I')
+	if c.operation == 'I' {
+		s.gather(r, csn, message, c.new)
+		return s.flushIfFull()
+	}
 	s.shape, s.params = r.bind(c, s.shape[:0], s.params[:0])
-	text, ok := r.texts[string(s.shape)]
+	text := r.remember(s.shape, func() string { return r.text(c) })
+	s.run(s.statements.find(text), s.params)
+	s.expected.push(expectation{csn: csn, relation: r, message: message, rows: 1})
+	return s.flushIfFull()
+}
+
+// remember returns the text of the statements of a shape.
+func (r *relation) remember(shape []byte, text func() string) string {
+	known, ok := r.texts[string(shape)]
 	if !ok {
-		text = r.text(c)
+		known = text()
 		if len(r.texts) >= maxShapes {
 			clear(r.texts)
 		}
-		r.texts[string(s.shape)] = text
+		r.texts[string(shape)] = known
 	}
-	s.run(s.statements.find(text), s.params)
-	s.expected.push(expectation{csn: csn, relation: r, message: message})
-	return s.flushIfFull()
+	return known
 }
 
 // located returns the tuple that tells which row is meant: the old one if it was sent, else the new one, whose key is
@@ -249,13 +263,10 @@ func (r *relation) replaces(c *rowChange) bool {
 	return false
 }
 
-// bind returns the shape of a change, which determines its statement's text, and the parameters, in the order in
-// which text numbers them.
+// bind returns the shape of an UPDATE or DELETE, which determines its statement's text, and the parameters, in the order
+// in which text numbers them.
 func (r *relation) bind(c *rowChange, shape []byte, params []column) ([]byte, []column) {
 	shape = append(shape, c.operation)
-	if c.operation == 'I' {
-		return shape, append(params, c.new...)
-	}
 	if c.operation == 'U' {
 		all := r.replaces(c)
 		if all {
@@ -283,7 +294,7 @@ func (r *relation) bind(c *rowChange, shape []byte, params []column) ([]byte, []
 	return shape, params
 }
 
-// text returns the statement for a change. Values are parameters without a type, so that the server takes the
+// text returns the statement for an UPDATE or DELETE. Values are parameters without a type, so that the server takes the
 // column's.
 func (r *relation) text(c *rowChange) string {
 	var b strings.Builder
@@ -293,17 +304,6 @@ func (r *relation) text(c *rowChange) string {
 		return "$" + strconv.Itoa(param)
 	}
 	switch {
-	case c.operation == 'I':
-		values := make([]string, len(r.columns))
-		for i := range values {
-			values[i] = next()
-		}
-		r.insertInto(&b)
-		if len(values) == 0 {
-			b.Reset()
-			return "INSERT INTO " + r.quoted() + " DEFAULT VALUES"
-		}
-		fmt.Fprintf(&b, " VALUES (%s)", strings.Join(values, ", "))
 	case c.operation == 'U' && r.replaces(c):
 		values := make([]string, len(r.columns))
 		for i, a := range r.columns {
@@ -329,6 +329,28 @@ func (r *relation) text(c *rowChange) string {
 	default:
 		fmt.Fprintf(&b, "DELETE FROM ONLY %s WHERE %s", r.quoted(), r.where(c, next))
 	}
+	return b.String()
+}
+
+// insertText returns the statement that inserts that many rows, whose values are its parameters.
+func (r *relation) insertText(rows int) string {
+	if len(r.columns) == 0 {
+		return "INSERT INTO " + r.quoted() + " DEFAULT VALUES"
+	}
+	var b strings.Builder
+	r.insertInto(&b)
+	for n := range rows * len(r.columns) {
+		switch {
+		case n == 0:
+			b.WriteString(" VALUES (")
+		case n%len(r.columns) == 0:
+			b.WriteString("), (")
+		default:
+			b.WriteString(", ")
+		}
+		b.WriteString("$" + strconv.Itoa(n+1))
+	}
+	b.WriteString(")")
 	return b.String()
 }
 

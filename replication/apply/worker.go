@@ -104,6 +104,7 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 	w.p.wakeMonitor()
 
 	var failing time.Time // since when it fails although everything before it is visible
+	ordered := false      // it is executed row by row, to know which one fails
 	for {
 		if w.session == nil {
 			if err := w.connect(ctx); err != nil {
@@ -113,6 +114,7 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 		// With everything earlier visible, a failure has no excuse.
 		exact := w.p.Applied() >= e.first-1
 		start := time.Now()
+		w.session.ordered = ordered
 		err := w.execute(e)
 		if err == nil {
 			w.p.metrics.executed(time.Since(start))
@@ -125,7 +127,7 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 			return ctx.Err()
 		}
 		w.p.metrics.retry(err)
-		if err := w.recover(ctx, e, err, exact, &failing); err != nil {
+		if err := w.recover(ctx, e, err, exact, &failing, &ordered); err != nil {
 			return err
 		}
 		w.p.setState(e, stateRunning)
@@ -133,7 +135,7 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 }
 
 // recover makes the worker able to execute e once more, at the moment when that can help, or returns why it cannot.
-func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool, failing *time.Time) error {
+func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool, failing *time.Time, ordered *bool) error {
 	log := w.p.log.With(logkey.CSN, uint64(e.last))
 	if errors.Is(cause, errConnection) {
 		log.Warn("apply worker lost its connection, applying again", logkey.Error, cause)
@@ -158,12 +160,16 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 	var server *pgconn.PgError
 	isServer := errors.As(cause, &server)
 	var diverged *Divergence
-	if !isServer && !errors.As(cause, &diverged) {
+	if !errors.As(cause, &diverged) && !isServer {
 		return cause // the write set or the log cannot be read
 	}
 	if !exact {
 		log.Debug("transaction failed beside earlier ones, applying it after them", logkey.Error, cause)
 		return w.p.WaitFor(ctx, e.first-1)
+	}
+	if diverged != nil && diverged.Expected > 1 { // a statement of many rows: executed one by one, the culprit is known
+		*ordered = true
+		return nil
 	}
 	if !isServer || !transient(server.Code) {
 		if diverged == nil {

@@ -133,7 +133,7 @@ func (s *session) answer(b *pgproto3.Backend, sql string, params []string) error
 
 var (
 	updateSQL = regexp.MustCompile(`^UPDATE ONLY "public"\."t" SET "v" = \$1 WHERE "id" OPERATOR\(pg_catalog\.=\) \$2$`)
-	insertSQL = regexp.MustCompile(`^INSERT INTO "public"\."t" \("id", "v"\) OVERRIDING SYSTEM VALUE VALUES \(\$1, \$2\)$`)
+	insertSQL = regexp.MustCompile(`^INSERT INTO "public"\."t" \("id", "v"\) OVERRIDING SYSTEM VALUE VALUES \(\$1, \$2\)(, \(\$\d+, \$\d+\))*$`)
 	nameSQL   = regexp.MustCompile(`^SET application_name = '(.*)'$`)
 )
 
@@ -148,7 +148,12 @@ func (s *session) execute(sql string, params []string) (rows [][]string, tag str
 		_, n, err := s.update(params[1], params[0], false)
 		return nil, fmt.Sprintf("UPDATE %d", n), err
 	case insertSQL.MatchString(sql):
-		return nil, "INSERT 0 1", s.insert(params[0], params[1])
+		for row := range slices.Chunk(params, 2) {
+			if err := s.insert(row[0], row[1]); err != nil { // the transaction has failed, and with it the rows before
+				return nil, "", err
+			}
+		}
+		return nil, fmt.Sprintf("INSERT 0 %d", len(params)/2), nil
 	case sql == "BEGIN":
 		d.run.reach(d.node, "a worker begins")
 		return nil, "BEGIN", s.begin()
@@ -219,7 +224,7 @@ func (s *session) execute(sql string, params []string) (rows [][]string, tag str
 		}
 		return one("t")
 	case strings.HasPrefix(sql, "SELECT c.relkind"):
-		return [][]string{{"r", "id", "f", "t", "text", "OPERATOR(pg_catalog.=)"}, {"r", "v", "f", "t", "text", ""}}, "SELECT 2", nil
+		return [][]string{{"r", "id", "f", "t", "text", "f", "OPERATOR(pg_catalog.=)"}, {"r", "v", "f", "t", "text", "f", ""}}, "SELECT 2", nil
 	}
 	d.run.fail("the fake server does not know %q", sql)
 	return nil, "", failure("42601", "unknown statement")
