@@ -294,6 +294,9 @@ func (o *observation) look(l consensus.Leadership) {
 		n.event(events.Info, eventLeader, l.Leader, fmt.Sprintf("node %s leads", l.Leader), "term", strconv.FormatUint(l.Term, 10))
 	}
 	quorum := n.hasQuorum()
+	if a := n.admin.Load(); a != nil {
+		a.SetServing(quorum && n.accepting() == nil) // before what is noted, which may wait for the disk
+	}
 	switch {
 	case quorum == o.quorum:
 	case quorum:
@@ -307,9 +310,6 @@ func (o *observation) look(l consensus.Leadership) {
 		n.event(events.Error, eventQuorumLost, n.cfg.Node, fmt.Sprintf("node %s has lost contact with the majority: it takes no writes", n.cfg.Node))
 	}
 	o.quorum, o.had = quorum, o.had || quorum
-	if a := n.admin.Load(); a != nil {
-		a.SetServing(quorum && n.accepting() == nil)
-	}
 	now := time.Now()
 	if passed := now.Sub(o.rated).Seconds(); passed >= 1 {
 		commits, aborts := n.seen.commits.Load(), n.seen.aborts.Load()

@@ -391,9 +391,12 @@ func TestLosses(t *testing.T) {
 	if code, out, _ := quorate(t, ctx, c, 1, "status", "--check"); code != 4 || !strings.Contains(out, "NO QUORUM") {
 		t.Errorf("status --check without quorum: %d\n%s", code, out)
 	}
-	if out := execute(t, ctx, nil, grpcurl(t, ctx), "-plaintext", c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"NOT_SERVING"`) {
-		t.Errorf("health without quorum: %s", out)
-	}
+	await(t, ctx, "health to tell of it", func() error { // which is told by who looks at the quorum now and then
+		if out := execute(t, ctx, nil, grpcurl(t, ctx), "-plaintext", c.GRPC(1), "grpc.health.v1.Health/Check"); !strings.Contains(out, `"NOT_SERVING"`) {
+			return errors.New(out)
+		}
+		return nil
+	})
 	if status, _, err := get(ctx, "GET", "http://"+c.HTTP(1)+"/liveness"); status != 200 || err != nil {
 		t.Errorf("liveness without quorum: %d, %v", status, err)
 	}
