@@ -614,6 +614,10 @@ func TestDivergence(t *testing.T) {
 func TestGatheredRows(t *testing.T) {
 	c := newCluster(t, 18, `
 CREATE TABLE a (id int PRIMARY KEY, v text UNIQUE, w text); CREATE TABLE b (id int PRIMARY KEY, v text); CREATE TABLE nothing ();
+DO $$BEGIN
+	FOR m IN 1..12 LOOP EXECUTE format('CREATE TABLE m%s (id int PRIMARY KEY, n int)', m); END LOOP;
+	EXECUTE 'CREATE TABLE broad (id int PRIMARY KEY' || (SELECT string_agg(', c' || g || ' int DEFAULT ' || g, '') FROM generate_series(1, 99) g) || ')';
+END$$;
 CREATE TABLE watched (id int PRIMARY KEY, seen bigint); CREATE TABLE calls (n bigint);
 CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN SELECT count(*) INTO NEW.seen FROM public.a; RETURN NEW; END$$;
 CREATE FUNCTION count_calls() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.calls VALUES (1); RETURN NULL; END$$;`)
@@ -627,8 +631,11 @@ CREATE TRIGGER calls AFTER INSERT ON watched FOR EACH STATEMENT EXECUTE FUNCTION
 		"DO $$BEGIN FOR g IN 1..150 LOOP INSERT INTO a VALUES (2000 + g, 'l' || g); INSERT INTO b VALUES (g, 'b'); IF g % 50 = 0 THEN UPDATE b SET v = 'c' WHERE id = g; END IF; END LOOP; END$$",
 		"INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES",
 		"INSERT INTO a SELECT 3000 + g, NULL, repeat('x', 20000) FROM generate_series(1, 20) g",
+		// More tables than rows are gathered for at a time, and one with more columns than a statement of 64 rows may have.
+		"DO $$BEGIN FOR g IN 1..60 LOOP FOR m IN 1..12 LOOP EXECUTE format('INSERT INTO m%s VALUES (%s, %s)', m, g, g * m); END LOOP; END LOOP; END$$",
+		"INSERT INTO broad (id) SELECT g FROM generate_series(1, 150) g",
 	))
-	c.equal("a", "b", "nothing")
+	c.equal("a", "b", "nothing", "m1", "m8", "m9", "m12", "broad")
 	before := c.text(c.dst, "SELECT count(*) FROM a")
 	p.apply(c.run("INSERT INTO a VALUES (5001), (5002); INSERT INTO watched VALUES (1), (2); INSERT INTO a VALUES (5003); INSERT INTO watched VALUES (3)"))
 	if seen := c.text(c.dst, "SELECT string_agg((seen - "+before+")::text, ' ' ORDER BY id) FROM watched"); seen != "2 2 3" {

@@ -20,14 +20,18 @@ import (
 // statementRows are the numbers of rows that statements have; a few numbers, so that there are few statements to prepare.
 var statementRows = [...]int{64, 16, 4, 1}
 
-// maxParameters is how many a statement can have: their number is an Int16 in the protocol, without a sign.
-const maxParameters = 65535
+// maxParameters bounds the text and the plan of a statement for many rows, of which the server keeps one for each session.
+const maxParameters = 4096
+
+// maxGathering bounds for how many tables rows are gathered at a time.
+const maxGathering = 8
 
 // gathered are a table's rows that have not been sent.
 type gathered struct {
-	rows   []gatheredRow
-	values []column // of all rows, one after another
-	bytes  int
+	relation *relation
+	rows     []gatheredRow
+	values   []column // of all rows, one after another
+	bytes    int
 }
 
 type gatheredRow struct {
@@ -37,15 +41,31 @@ type gatheredRow struct {
 
 // gather adds a row to what is inserted into r.
 func (s *session) gather(r *relation, csn txn.CSN, message []byte, values []column) {
-	if len(r.gathered.rows) == 0 {
-		s.gathering = append(s.gathering, r)
+	g := s.gathered(r)
+	g.rows = append(g.rows, gatheredRow{csn, message})
+	g.values = append(g.values, values...)
+	g.bytes += len(message)
+	if r.ordered || s.ordered || len(g.rows) == statementRows[0] || g.bytes >= batchBytes {
+		s.insert(g)
 	}
-	r.gathered.rows = append(r.gathered.rows, gatheredRow{csn, message})
-	r.gathered.values = append(r.gathered.values, values...)
-	r.gathered.bytes += len(message)
-	if r.ordered || s.ordered || len(r.gathered.rows) == statementRows[0] || r.gathered.bytes >= batchBytes {
-		s.insert(r)
+}
+
+func (s *session) gathered(r *relation) *gathered {
+	for _, g := range s.gathering {
+		if g.relation == r {
+			return g
+		}
 	}
+	if len(s.gathering) == maxGathering {
+		s.insert(s.gathering[0])
+	}
+	g := &gathered{}
+	if last := len(s.spare) - 1; last >= 0 {
+		g, s.spare = s.spare[last], s.spare[:last]
+	}
+	g.relation = r
+	s.gathering = append(s.gathering, g)
+	return g
 }
 
 // settle sends what has to come before a change of r: what was gathered for the table, under whatever description, or
@@ -53,7 +73,7 @@ func (s *session) gather(r *relation, csn txn.CSN, message []byte, values []colu
 func (s *session) settle(r *relation, inserts bool) {
 	for i := 0; i < len(s.gathering); {
 		g := s.gathering[i]
-		if r.ordered || g == r && !inserts || g != r && g.name == r.name && g.schema == r.schema {
+		if r.ordered || g.relation == r && !inserts || g.relation != r && g.relation.name == r.name && g.relation.schema == r.schema {
 			s.insert(g)
 		} else {
 			i++
@@ -68,29 +88,30 @@ func (s *session) insertAll() {
 	}
 }
 
-// insert adds what was gathered for r to the batch.
-func (s *session) insert(r *relation) {
-	columns, rows, values := len(r.columns), r.gathered.rows, r.gathered.values
+// insert adds what was gathered for a table to the batch.
+func (s *session) insert(g *gathered) {
+	r, rows, values := g.relation, g.rows, g.values
 	for len(rows) > 0 {
 		n := 1
 		for _, size := range statementRows {
-			if size <= len(rows) && columns > 0 && size*columns <= maxParameters {
+			if size <= len(rows) && len(r.columns) > 0 && size*len(r.columns) <= maxParameters {
 				n = size
 				break
 			}
 		}
 		s.shape = append(s.shape[:0], 'I', byte(n))
-		s.run(s.statements.find(r.remember(s.shape, func() string { return r.insertText(n) })), values[:n*columns])
+		s.run(s.statements.find(r.remember(s.shape, func() string { return r.insertText(n) })), values[:n*len(r.columns)])
 		s.expected.push(expectation{csn: rows[0].csn, relation: r, message: rows[0].message, rows: int64(n)})
-		rows, values = rows[n:], values[n*columns:]
+		rows, values = rows[n:], values[n*len(r.columns):]
 	}
-	s.drop(r)
+	s.drop(g)
 }
 
-// drop forgets what was gathered for r.
-func (s *session) drop(r *relation) {
-	clear(r.gathered.rows)
-	clear(r.gathered.values)
-	r.gathered = gathered{rows: r.gathered.rows[:0], values: r.gathered.values[:0]}
-	s.gathering = slices.DeleteFunc(s.gathering, func(g *relation) bool { return g == r })
+// drop forgets what was gathered for a table.
+func (s *session) drop(g *gathered) {
+	clear(g.rows)
+	clear(g.values)
+	*g = gathered{rows: g.rows[:0], values: g.values[:0]}
+	s.gathering = slices.DeleteFunc(s.gathering, func(other *gathered) bool { return other == g })
+	s.spare = append(s.spare, g)
 }

@@ -64,7 +64,8 @@ type session struct {
 	statements statementCache
 	relations  map[string]*relation // by Relation message
 	current    []*relation          // of the write set at hand
-	gathering  []*relation          // those for which rows are gathered
+	gathering  []*gathered          // by table
+	spare      []*gathered          // empty ones
 	ordered    bool                 // gather nothing: whichever change fails is to be known
 	change     rowChange
 	shape      []byte

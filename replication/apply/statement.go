@@ -66,7 +66,6 @@ type relation struct {
 	unique       bool                // identity is unique
 	ordered      bool                // it has triggers or rules here, which see the order of changes: see gather
 	texts        map[string]string   // statement text by shape; bounded by maxShapes
-	gathered     gathered
 }
 
 // maxShapes bounds the texts remembered for a relation: a table with many TOASTed columns has many combinations.
