@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,10 +22,14 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
+// TestRows: all kinds of changes, merged into large groups and one by one, for which there are other statements.
 func TestRows(t *testing.T) {
-	for _, major := range []int{17, 18} {
-		t.Run(fmt.Sprint(major), func(t *testing.T) {
-			c := newCluster(t, major, `
+	for _, test := range []struct {
+		major int
+		alone bool
+	}{{17, false}, {17, true}, {18, false}, {18, true}} {
+		t.Run(fmt.Sprintf("%d alone=%v", test.major, test.alone), func(t *testing.T) {
+			c := newCluster(t, test.major, `
 CREATE TABLE account (id int PRIMARY KEY, balance numeric, note text);
 CREATE TABLE "odd ""name" ("A b" text, "select" int, PRIMARY KEY ("select", "A b"));
 CREATE TABLE ident (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, other bigint GENERATED ALWAYS AS IDENTITY, v text, toast text);
@@ -42,13 +47,17 @@ CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN posint AS int CHECK (value
 CREATE TABLE types (k mood, d posint, ar int[], r int4range, n numeric, f float8, ts timestamptz, iv interval, by bytea, js jsonb, i inet, b bool, c char(5), x bit(3),
   PRIMARY KEY (k, d, ar, r, n, f, ts, iv, by, js, i, b, c, x), v text);
 CREATE TABLE fk (id int PRIMARY KEY REFERENCES account DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE one (one int PRIMARY KEY, r int NOT NULL); CREATE TABLE r (r int PRIMARY KEY, one text NOT NULL);
+CREATE FUNCTION public.next_r() RETURNS text LANGUAGE sql AS 'SELECT max(r)::text FROM r'; CREATE FUNCTION public.never() RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT (1/0)::text';
+CREATE TABLE defaults (id text PRIMARY KEY DEFAULT public.next_r(), v text DEFAULT public.next_r() || 'x', w text DEFAULT public.never());
+CREATE DOMAIN solid AS text NOT NULL CHECK (value <> ''); CREATE TABLE solids (id solid PRIMARY KEY, v solid, big bigserial, twice text GENERATED ALWAYS AS (v || v) STORED);
 `)
 			registry := prometheus.NewRegistry()
 			cfg := c.config()
 			cfg.Registerer, cfg.Statements = registry, 5 // so that statements are evicted all the time
 			p := start(t, cfg)
 			const types = `('ok', 3, '{1,NULL,2}', '[1,5)', 1.50, 0.1, '2024-02-03 04:05:06.789+02', '1 mon -2 days 03:00', '\xdeadbeef', '{"a": 1.0}', '10.0.0.1/8', true, 'ab', b'101', 'v')`
-			p.apply(c.run(
+			items := c.run(
 				"INSERT INTO account SELECT n, n * 1.50, NULL FROM generate_series(1, 10) n",
 				"UPDATE account SET balance = balance + 1 WHERE id < 4",
 				"UPDATE account SET id = id + 100, note = 'it''s' WHERE id = 5",
@@ -69,14 +78,25 @@ CREATE TABLE fk (id int PRIMARY KEY REFERENCES account DEFERRABLE INITIALLY DEFE
 				"INSERT INTO part VALUES (1, 'a'), (101, 'b'); UPDATE part SET id = 150 WHERE id = 1; UPDATE part SET v = 'c' WHERE id = 101",
 				"INSERT INTO parent VALUES (1); INSERT INTO child VALUES (1, 2); UPDATE parent SET id = id + 1",
 				"INSERT INTO types VALUES "+types+"; UPDATE types SET v = 'w'; UPDATE types SET ar = '{7}', f = 'NaN', r = 'empty'",
+				"INSERT INTO one VALUES (1, 1), (2, 2); UPDATE one SET r = 5 WHERE one = 1; UPDATE one SET one = 7 WHERE one = 1; DELETE FROM one WHERE r = 2",
+				"INSERT INTO r VALUES (1, 'a'), (2, 'b'); UPDATE r SET one = 'c' WHERE r = 1; UPDATE r SET r = 7 WHERE r = 1; DELETE FROM r WHERE one = 'b'",
+				"INSERT INTO defaults (v, w) VALUES (DEFAULT, 'w'); UPDATE defaults SET v = 'y'; UPDATE defaults SET id = 'k'; DELETE FROM defaults",
+				"INSERT INTO solids VALUES ('a', 'x'), ('b', 'y'); UPDATE solids SET v = 'z' WHERE id = 'a'; UPDATE solids SET id = 'c' WHERE id = 'a'; DELETE FROM solids WHERE id = 'b'",
 				"INSERT INTO fk VALUES (1); DELETE FROM account WHERE id = 2",
 				"TRUNCATE generated, keyonly RESTART IDENTITY",
 				"INSERT INTO generated (a) VALUES (1)",
 				"TRUNCATE account CASCADE; TRUNCATE part",
 				"SELECT pg_logical_emit_message(true, 'application', 'not for us')",
-			))
+			)
+			for _, item := range items {
+				p.enqueue(item)
+				if test.alone {
+					p.await(item.CSN)
+				}
+			}
+			p.await(items[len(items)-1].CSN)
 			c.equal("account", `"odd ""name"`, "ident", "generated", "toasted", "twins", "fullkey", "alternative", "keyonly", "nothing",
-				"part", "part1", "part2", "only parent", "child", "types", "fk")
+				"part", "part1", "part2", "only parent", "child", "types", "fk", "one", "r", "defaults", "solids")
 			if problems, err := testutil.GatherAndLint(registry); err != nil || len(problems) > 0 {
 				t.Errorf("metrics: %v %v", problems, err)
 			}
@@ -580,10 +600,19 @@ func TestLaterHolderGivesWay(t *testing.T) {
 	c.equal("t", "gate")
 }
 
+// TestDivergence: what does not touch what it should stops the pipeline, says why, and leaves nothing of its transaction.
 func TestDivergence(t *testing.T) {
+	const contents = "SELECT string_agg(t::text, ' ' ORDER BY t) FROM t"
 	for name, test := range map[string]struct{ before, transaction, want string }{
-		"missing row": {"DELETE FROM t WHERE id = 1", "UPDATE t SET v = 'x' WHERE id = 1", "apply transaction 1 UPDATE public.t (id=1): touched 0 rows, not 1"},
-		"extra row":   {"INSERT INTO t VALUES (2, '')", "INSERT INTO t VALUES (2, 'two')", "apply transaction 1 INSERT public.t (id=2): ERROR: duplicate key"},
+		"missing row":            {"DELETE FROM t WHERE id = 1", "UPDATE t SET v = 'x' WHERE id = 1", "apply transaction 1 UPDATE public.t (id=1): touched 0 rows, not 1"},
+		"missing row to delete":  {"DELETE FROM t WHERE id = 1", "DELETE FROM t WHERE id = 1", "apply transaction 1 DELETE public.t (id=1): touched 0 rows, not 1"},
+		"missing row of another": {"UPDATE t SET id = 3", "UPDATE t SET id = 2 WHERE id = 1", "apply transaction 1 UPDATE public.t (id=1): touched 0 rows, not 1"},
+		"trigger that drops a row": {`CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TRIGGER f BEFORE INSERT ON t FOR EACH ROW WHEN (NEW.id = 3) EXECUTE FUNCTION f(); ALTER TABLE t ENABLE ALWAYS TRIGGER f`,
+			"INSERT INTO t VALUES (3, 'three')", "apply transaction 1 INSERT public.t (id=3): touched 0 rows, not 1"},
+		"rule that drops a row": {"CREATE RULE r AS ON DELETE TO t DO INSTEAD NOTHING; ALTER TABLE t ENABLE ALWAYS RULE r", "DELETE FROM t WHERE id = 1",
+			"apply transaction 1 DELETE public.t (id=1): touched 0 rows, not 1"},
+		"extra row": {"INSERT INTO t VALUES (2, '')", "INSERT INTO t VALUES (2, 'two')", "apply transaction 1 INSERT public.t (id=2): ERROR: duplicate key"},
 		"extra row among many": {"INSERT INTO t VALUES (77, '')", "INSERT INTO t SELECT g, 'new' FROM generate_series(60, 100) g",
 			"apply transaction 1 INSERT public.t (id=77): ERROR: duplicate key"},
 		"missing table": {"DROP TABLE t", "DELETE FROM t", "apply transaction 1 public.t: there is no such table here"},
@@ -593,8 +622,12 @@ func TestDivergence(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'one');")
 			c.exec(c.dst, test.before)
+			var before string
+			if name != "missing table" {
+				before = c.text(c.dst, contents)
+			}
 			p := start(t, c.config())
-			p.enqueue(c.run(test.transaction, "INSERT INTO t VALUES (5)")...)
+			p.enqueue(c.run("INSERT INTO t VALUES (900, 'first'); "+test.transaction, "INSERT INTO t VALUES (5)")...)
 			err := p.failure()
 			if !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want %s", err, test.want)
@@ -605,8 +638,150 @@ func TestDivergence(t *testing.T) {
 			if err := p.WaitFor(t.Context(), 1); !errors.Is(err, txn.ErrDiverged) {
 				t.Errorf("waiting for what will not come: %v", err)
 			}
+			if name != "missing table" {
+				if after := c.text(c.dst, contents); after != before {
+					t.Errorf("t holds %s, and before %s", after, before)
+				}
+			}
+			if progress, err := Progress(t.Context(), c.connect("dst").PgConn()); err != nil || progress != 0 {
+				t.Errorf("progress %d, %v", progress, err)
+			}
 		})
 	}
+}
+
+// watchedConn is a connection to a server whose every write goes through a hook.
+type watchedConn struct {
+	net.Conn
+	write func(c net.Conn, b []byte) (int, error)
+}
+
+func (c watchedConn) Write(b []byte) (int, error) { return c.write(c.Conn, b) }
+
+// watch lets all that the pipeline writes go through a hook.
+func (c *cluster) watch(cfg *Config, write func(c net.Conn, b []byte) (int, error)) {
+	c.t.Helper()
+	conf, err := pgconn.ParseConfig(c.server.ConnString("dst"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	dial := conf.DialFunc
+	conf.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		return watchedConn{conn, write}, err
+	}
+	cfg.Connect = func(ctx context.Context) (*pgconn.PgConn, error) { return pgconn.ConnectConfig(ctx, conf) }
+}
+
+// TestOneRoundTrip: COMMIT goes with the changes when it is their turn, and waits for it when it is not.
+func TestOneRoundTrip(t *testing.T) {
+	c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0), (2, 0);")
+	cfg := c.config()
+	cfg.Workers, cfg.FlushEvery, cfg.BlockedAfter = 1, time.Hour, time.Hour
+	var writes atomic.Int64
+	c.watch(&cfg, func(conn net.Conn, b []byte) (int, error) {
+		writes.Add(1)
+		return conn.Write(b)
+	})
+	p := start(t, cfg)
+	const changes = "UPDATE t SET n = n + 1 WHERE id = 1; INSERT INTO t VALUES (3, 3); UPDATE t SET id = 4 WHERE id = 3; DELETE FROM t WHERE id = 4"
+	p.apply(c.run(changes)) // now everything is prepared
+	for _, items := range [][]Item{c.run(changes), c.run(changes)} {
+		before := writes.Load()
+		p.apply(items)
+		if n := writes.Load() - before; n != 1 {
+			t.Errorf("a transaction has cost %d round trips", n)
+		}
+	}
+
+	// Behind a local transaction it waits for its turn, executed.
+	items := c.run("INSERT INTO t VALUES (10, 0)", changes)
+	first, local := c.hold(items[0], "INSERT INTO t VALUES (10, 0)")
+	local.hang = true
+	before := writes.Load()
+	p.enqueue(first, items[1])
+	c.eventually("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'quorate_apply_%' AND state = 'idle in transaction'", "1")
+	if n := writes.Load() - before; n != 1 {
+		t.Errorf("changes have cost %d round trips", n)
+	}
+	c.exec(local.conn, "COMMIT")
+	local.committed.Store(true)
+	local.finish()
+	p.await(items[1].CSN)
+	if n := writes.Load() - before; n != 2 {
+		t.Errorf("a transaction that had to wait has cost %d round trips", n)
+	}
+	c.equal("t")
+}
+
+// TestConnectionLostWithCommit: when the connection breaks after COMMIT was sent with the changes, the progress tells whether it
+// arrived.
+func TestConnectionLostWithCommit(t *testing.T) {
+	for _, arrives := range []bool{true, false} {
+		t.Run(fmt.Sprintf("arrives=%v", arrives), func(t *testing.T) {
+			c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY)")
+			cfg := c.config()
+			cfg.Workers, cfg.FlushEvery, cfg.BlockedAfter = 1, time.Hour, time.Hour
+			var armed atomic.Bool
+			c.watch(&cfg, func(conn net.Conn, b []byte) (int, error) {
+				if !armed.CompareAndSwap(true, false) {
+					return conn.Write(b)
+				}
+				if arrives {
+					if _, err := conn.Write(b); err != nil {
+						return 0, err
+					}
+					c.eventually("SELECT count(*) FROM t", "2")
+				}
+				_ = conn.Close() // the reply, or the rest, gets lost
+				return len(b), nil
+			})
+			p := start(t, cfg)
+			p.apply(c.run("INSERT INTO t VALUES (1)"))
+			p.idleWorkers(1)
+			armed.Store(true)
+			p.apply(c.run("INSERT INTO t VALUES (2)"))
+			if armed.Load() {
+				t.Error("no connection broke")
+			}
+			p.apply(c.run("INSERT INTO t VALUES (3)"))
+			c.equal("t")
+		})
+	}
+}
+
+// TestSeenBehindOwnTransaction: who asks what he has seen, before he can commit or give way, does not wait for changes that
+// wait for him.
+func TestSeenBehindOwnTransaction(t *testing.T) {
+	c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0);")
+	cfg := c.config()
+	blocked := make(chan struct{}, 1)
+	cfg.Evict = func(Blockade) bool {
+		select {
+		case blocked <- struct{}{}:
+		default:
+		}
+		return true
+	}
+	p := start(t, cfg)
+	p.idleWorkers(4)
+	session := c.connect("dst")
+	c.exec(session, "BEGIN; UPDATE t SET n = 5")
+	p.enqueue(c.run("UPDATE t SET n = 1")...)
+	select {
+	case <-blocked:
+	case <-p.Pipeline.stopped:
+		t.Fatal("the pipeline has stopped")
+	}
+	if p.inFlight.Load() != 1 {
+		t.Error("COMMIT was not sent with the changes")
+	}
+	if seen, err := p.Seen(t.Context()); err != nil || seen != 0 {
+		t.Errorf("seen %d, %v", seen, err)
+	}
+	c.exec(session, "ROLLBACK")
+	p.await(1)
+	c.equal("t")
 }
 
 // TestGatheredRows: rows that go out many at a time are there when something else happens to their table, and what a trigger
@@ -923,7 +1098,7 @@ func TestBackPressure(t *testing.T) {
 	items[0], local = c.hold(items[0], "INSERT INTO t VALUES (0)")
 	local.hang = true
 	cfg := c.config()
-	cfg.MaxItems = 5
+	cfg.MaxItems, cfg.BlockedAfter = 5, time.Minute
 	p := start(t, cfg)
 	p.enqueue(items[:5]...)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)

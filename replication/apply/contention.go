@@ -58,7 +58,7 @@ LEFT JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_namespace n ON n.oid = c
 	}
 	m.p.mu.Lock()
 	var items []Item
-	if e := b.worker.entry; e != nil && e.last == b.csn && e.state == stateRunning {
+	if e := b.worker.entry; e != nil && e.last == b.csn && (e.state == stateRunning || e.state == stateCommitting) {
 		items = e.items // nothing is merged into it any more
 	}
 	m.p.mu.Unlock()
@@ -161,6 +161,12 @@ func changed(statement string) (operation byte, table string) {
 		if table, ok := strings.CutPrefix(statement, begin.prefix); ok {
 			return begin.operation, table
 		}
+	}
+	if table, ok := strings.CutPrefix(statement, "MERGE INTO ONLY "); ok {
+		if strings.Contains(table, asDeleted+" USING (SELECT) AS one ON ") {
+			return 'D', table
+		}
+		return 'U', table
 	}
 	return 0, ""
 }

@@ -32,7 +32,8 @@ type cluster struct {
 	next   txn.CSN
 }
 
-const helpers = `CREATE SCHEMA quorate; CREATE FUNCTION quorate.own_sequences() RETURNS void LANGUAGE sql AS '';`
+const helpers = `CREATE SCHEMA quorate; CREATE FUNCTION quorate.own_sequences() RETURNS void LANGUAGE sql AS '';
+CREATE FUNCTION quorate.no_such_row() RETURNS boolean LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION USING ERRCODE = '` + codeNoSuchRow + `'; END$$;`
 
 func newCluster(t testing.TB, major int, schema string) *cluster {
 	t.Helper()

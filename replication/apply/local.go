@@ -53,7 +53,7 @@ func (p *Pipeline) finishLocals(ctx context.Context) error {
 			e.local.Visible(e.last) // its session has not seen that it did commit
 			continue
 		}
-		p.setState(e, stateRunning)
+		p.rerun(e)
 		if err := w.complete(ctx, e); err != nil {
 			return err
 		}

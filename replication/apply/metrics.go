@@ -30,11 +30,11 @@ func newMetrics(r prometheus.Registerer, p *Pipeline) *metrics {
 			Buckets: prometheus.ExponentialBuckets(1, 2, 8),
 		}),
 		execution: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "quorate_apply_execution_seconds", Help: "Time to execute the changes of one group, without waiting for its turn.",
+			Name: "quorate_apply_execution_seconds", Help: "Time to execute the changes of one group, without waiting for its turn; with the COMMIT if it was its turn already.",
 			Buckets: seconds,
 		}),
 		publishing: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "quorate_apply_publish_seconds", Help: "Time from executed, or for a local transaction from released, to visible.",
+			Name: "quorate_apply_publish_seconds", Help: "Time from executed, or for a local transaction from released, to visible; not of groups whose COMMIT went with their changes.",
 			Buckets: seconds,
 		}),
 		evictions: prometheus.NewCounterVec(prometheus.CounterOpts{

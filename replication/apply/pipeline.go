@@ -23,7 +23,7 @@ const (
 	stateWaiting    state = iota // no worker has it yet; a local one: not its turn yet
 	stateRunning                 // a worker executes it
 	stateReady                   // executed and held: its worker reads, waiting for a COMMIT that somebody else writes
-	stateCommitting              // COMMIT was, or is just being, written
+	stateCommitting              // COMMIT was, or is just being, written; perhaps together with the last changes
 	stateEvicted                 // held, but it blocked an earlier one: ROLLBACK was written instead
 )
 
@@ -285,15 +285,24 @@ func (p *Pipeline) Applied() txn.CSN { return txn.CSN(p.applied.Load()) }
 func (p *Pipeline) AppliedIndex() txn.LogIndex { return txn.LogIndex(p.appliedIndex.Load()) }
 
 // Seen returns Applied, after a COMMIT that was in flight when the call began is booked: a statement that waited for
-// that transaction may have gone on before Applied says so.
+// that transaction may have gone on before Applied says so. It does not wait for long, because what is in flight may be
+// waiting for the caller's own transaction: the changes that were sent with the COMMIT, or those of a COMMIT that was lost. At
+// worst the caller is then aborted for a conflict that is none.
 func (p *Pipeline) Seen(ctx context.Context) (txn.CSN, error) {
-	if csn := txn.CSN(p.inFlight.Load()); csn > p.Applied() {
-		if err := p.WaitFor(ctx, csn); err != nil {
-			return 0, err
-		}
+	csn := txn.CSN(p.inFlight.Load())
+	if csn <= p.Applied() {
+		return p.Applied(), nil
 	}
-	return p.Applied(), nil
+	brief, cancel := context.WithTimeout(ctx, seenFor*p.cfg.BlockedAfter)
+	defer cancel()
+	if err := p.WaitFor(brief, csn); err != nil && brief.Err() == nil {
+		return 0, err
+	}
+	return p.Applied(), ctx.Err()
 }
+
+// seenFor is how long Seen waits, in BlockedAfter: much longer than a small transaction takes.
+const seenFor = 4
 
 // WaitFor returns when csn is visible. The error is ctx's or, wrapped, why the Pipeline stopped.
 func (p *Pipeline) WaitFor(ctx context.Context, csn txn.CSN) error {
@@ -344,7 +353,7 @@ func (r release) do(p *Pipeline) {
 // advance lets the head through if it is ready. Requires mu; the result must be done without it.
 func (p *Pipeline) advance() (r release) {
 	head, ok := p.queue.first()
-	if !ok || p.suspended || p.holding && head.last > p.held {
+	if !ok || !p.open(head) {
 		return r
 	}
 	switch {
@@ -355,9 +364,30 @@ func (p *Pipeline) advance() (r release) {
 	default:
 		return r
 	}
+	p.letThrough(head)
+	return r
+}
+
+// claim lets e through if it is its turn, for the worker that executes it and is about to send COMMIT with the rest.
+func (p *Pipeline) claim(e *entry) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if head, _ := p.queue.first(); head != e || !p.open(head) {
+		return false
+	}
+	p.letThrough(e)
+	return true
+}
+
+// open reports whether the head may become visible. Requires mu.
+func (p *Pipeline) open(head *entry) bool {
+	return !p.suspended && !(p.holding && head.last > p.held)
+}
+
+// letThrough requires mu.
+func (p *Pipeline) letThrough(head *entry) {
 	head.state = stateCommitting
 	p.inFlight.Store(uint64(head.last))
-	return r
 }
 
 // visible books the head, which has committed, and sends the next one on its way.
@@ -505,7 +535,7 @@ func (p *Pipeline) lag() (items, bytes int, age time.Duration) {
 type InFlight struct {
 	GID   txn.GID
 	CSN   txn.CSN
-	Stage string // "waiting", "executing", "executed", "committing" or "evicted"
+	Stage string // "waiting", "executing", "executed", "committing" (perhaps with changes on their way) or "evicted"
 	Since time.Time
 }
 

@@ -67,6 +67,9 @@ type session struct {
 	gathering  []*gathered          // by table
 	spare      []*gathered          // empty ones
 	ordered    bool                 // gather nothing: whichever change fails is to be known
+	few        bool                 // the transaction has few changes: see fewRows
+	doubtful   bool                 // of some change only its reply tells whether it touched what it should, and that is not read yet
+	committed  bool                 // the transaction is
 	change     rowChange
 	shape      []byte
 	params     []column
@@ -79,6 +82,7 @@ type expectation struct {
 	relation *relation // nil: not a row change
 	message  []byte    // the row change, or the first of the statement's
 	rows     int64     // how many the statement changes
+	commit   bool      // of COMMIT, or the ROLLBACK that was written instead
 	sync     bool      // the end of a batch
 }
 
@@ -201,16 +205,15 @@ func (s *session) writeCommit() { _, _ = s.conn.Write(commitMessage) }
 // writeRollback is writeCommit's opposite, for stateEvicted.
 func (s *session) writeRollback() { _, _ = s.conn.Write(rollbackMessage) }
 
-// awaitEnd reads the reply to a COMMIT or ROLLBACK that somebody wrote.
-func (s *session) awaitEnd() (committed bool, err error) {
-	s.expected.push(expectation{})
+// awaitEnd reads the reply to a COMMIT or ROLLBACK that somebody wrote; committed tells which it was.
+func (s *session) awaitEnd() error {
+	s.expected.push(expectation{commit: true})
 	s.expected.push(expectation{sync: true})
 	s.batches++
-	tag, err := s.readBatch()
-	if err == nil {
-		err = s.takeFailure()
+	if err := s.readBatch(); err != nil {
+		return err
 	}
-	return tag == "COMMIT", err
+	return s.takeFailure()
 }
 
 // rollback ends the transaction, whatever state it is in, and forgets what was prepared: a statement whose Parse was
@@ -253,7 +256,7 @@ func (s *session) simple(sql string) error {
 	// One batch with an unknown number of replies.
 	s.expected.push(expectation{sync: true})
 	s.batches++
-	if _, err := s.readBatch(); err != nil {
+	if err := s.readBatch(); err != nil {
 		return err
 	}
 	return s.takeFailure()
@@ -313,6 +316,12 @@ func (s *session) begin(csn txn.CSN) {
 	s.expected.push(expectation{})
 }
 
+// commit adds COMMIT to the batch. If anything before it fails the server does not come to it, or rolls back.
+func (s *session) commit() {
+	s.execute("COMMIT", nil)
+	s.expected.push(expectation{commit: true})
+}
+
 // execute adds one execution of a prepared statement to the batch. The caller pushes the expectation.
 func (s *session) execute(sql string, params []column) {
 	s.run(s.statements.find(sql), params)
@@ -368,7 +377,7 @@ func (s *session) flushIfFull() error {
 		return err
 	}
 	for s.batches > 1 {
-		if _, err := s.readBatch(); err != nil {
+		if err := s.readBatch(); err != nil {
 			return err
 		}
 	}
@@ -416,10 +425,11 @@ func (s *session) finish() error {
 
 func (s *session) drain() error {
 	for s.batches > 0 {
-		if _, err := s.readBatch(); err != nil {
+		if err := s.readBatch(); err != nil {
 			return err
 		}
 	}
+	s.doubtful = false
 	return nil
 }
 
@@ -429,14 +439,14 @@ func (s *session) takeFailure() error {
 	return err
 }
 
-// readBatch reads up to the end of the oldest batch, and returns the last command tag if that was short. The error
-// is the connection's; the first failure of a statement is left in s.failed.
-func (s *session) readBatch() (last string, err error) {
+// readBatch reads up to the end of the oldest batch. The error is the connection's; the first failure of a statement is
+// left in s.failed.
+func (s *session) readBatch() error {
 	s.batches--
 	for {
 		message, err := s.receive()
 		if err != nil {
-			return "", err
+			return err
 		}
 		switch m := message.(type) {
 		case *pgproto3.CommandComplete:
@@ -445,14 +455,18 @@ func (s *session) readBatch() (last string, err error) {
 				continue
 			}
 			s.expected.pop()
+			if e.commit {
+				s.committed = string(m.CommandTag) == "COMMIT"
+			}
 			if e.relation == nil {
-				last = string(m.CommandTag)
-			} else if rows := rowsOf(m.CommandTag); rows != e.rows && s.failed == nil {
+				continue
+			}
+			if rows := rowsOf(m.CommandTag); rows != e.rows && s.failed == nil {
 				s.failed = e.divergence(rows, nil)
 			}
 		case *pgproto3.ErrorResponse:
 			if err := s.fail(m); err != nil {
-				return "", err
+				return err
 			}
 		case *pgproto3.ReadyForQuery:
 			// After an error the rest of the batch was skipped.
@@ -471,7 +485,7 @@ func (s *session) readBatch() (last string, err error) {
 			} else {
 				s.since.Store(time.Now().UnixNano())
 			}
-			return last, nil
+			return nil
 		}
 	}
 }
@@ -488,6 +502,9 @@ func (s *session) fail(m *pgproto3.ErrorResponse) error {
 	s.failed = cause
 	if e, ok := s.expected.first(); ok && !e.sync {
 		s.failed = e.divergence(0, cause)
+		if cause.Code == codeNoSuchRow {
+			s.failed = e.divergence(0, nil)
+		}
 	}
 	return nil
 }
@@ -499,6 +516,9 @@ func (s *session) receive() (pgproto3.BackendMessage, error) {
 	}
 	return m, nil
 }
+
+// codeNoSuchRow is the SQLSTATE of quorate.no_such_row(): see relation.merge.
+const codeNoSuchRow = "QR001"
 
 // divergence describes a failed statement; it is only final if nothing else can be the reason, which the worker knows.
 func (e expectation) divergence(rows int64, cause error) *Divergence {

@@ -64,6 +64,7 @@ type relation struct {
 	columns      []relationAttribute // those of the Relation message, in its order
 	identity     []int               // the columns that identify a row
 	unique       bool                // identity is unique
+	keyed        bool                // … and exactly what a unique index here is on
 	ordered      bool                // it has triggers or rules here, which see the order of changes: see gather
 	texts        map[string]string   // statement text by shape; bounded by maxShapes
 }
@@ -152,7 +153,12 @@ func (s *session) lookup(m relationMessage) (*relation, error) {
 			local[row[1]] = relationAttribute{name: row[1], always: row[2] == "t", exact: row[3] == "t", typeName: row[4], equality: row[6]}
 		}
 	}
-	indexed := 0
+	indexed, inIndex := 0, 0 // columns of identity and of all that are in the index by which rows are found
+	for _, a := range local {
+		if a.equality != "" {
+			inIndex++
+		}
+	}
 	for i, c := range m.columns {
 		a, ok := local[c.name]
 		if !ok {
@@ -174,6 +180,7 @@ func (s *session) lookup(m relationMessage) (*relation, error) {
 		r.identity = slices.DeleteFunc(r.identity, func(i int) bool { return r.columns[i].equality == "" })
 	}
 	r.unique = !m.full || indexed > 0
+	r.keyed = indexed > 0 && indexed == len(r.identity) && indexed == inIndex
 	return r, nil
 }
 
@@ -199,16 +206,45 @@ func (s *session) applyRow(csn txn.CSN, message []byte) error {
 	if len(c.new) != len(r.columns) && c.operation != 'D' || len(c.old) != len(r.columns) && c.identity != 0 {
 		return fmt.Errorf("%s of %d columns, not %d: %w", operationName(c.operation), len(c.new), len(r.columns), txn.ErrCorrupt)
 	}
+	checked := r.checkable(c) && (s.few || c.operation == 'I')
+	s.doubtful = s.doubtful || !checked
 	s.settle(r, c.operation == 'I')
 	if c.operation == 'I' {
 		s.gather(r, csn, message, c.new)
 		return s.flushIfFull()
 	}
 	s.shape, s.params = r.bind(c, s.shape[:0], s.params[:0])
-	text := r.remember(s.shape, func() string { return r.text(c) })
+	if checked {
+		s.shape = append(s.shape, '!')
+	}
+	text := r.remember(s.shape, func() string { return r.text(c, checked) })
 	s.run(s.statements.find(text), s.params)
 	s.expected.push(expectation{csn: csn, relation: r, message: message, rows: 1})
 	return s.flushIfFull()
+}
+
+// checkable reports whether the server can be made to raise an error unless a change touches exactly one row, so that
+// nobody has to see its reply before the COMMIT. What triggers and rules do is theirs.
+func (r *relation) checkable(c *rowChange) bool {
+	switch {
+	case r.ordered, r.partitioned:
+		return false
+	case c.operation == 'I':
+		return true
+	case c.operation == 'U' && (r.replaces(c) || !r.assigns(c)):
+		return false
+	}
+	return r.keyed
+}
+
+// assigns reports whether an UPDATE assigns anything.
+func (r *relation) assigns(c *rowChange) bool {
+	for i := range r.columns {
+		if r.assigned(c, i) {
+			return true
+		}
+	}
+	return false
 }
 
 // remember returns the text of the statements of a shape.
@@ -293,9 +329,9 @@ func (r *relation) bind(c *rowChange, shape []byte, params []column) ([]byte, []
 	return shape, params
 }
 
-// text returns the statement for an UPDATE or DELETE. Values are parameters without a type, so that the server takes the
-// column's.
-func (r *relation) text(c *rowChange) string {
+// text returns the statement for an UPDATE or DELETE; if checked, it fails unless it touches one row. Values are parameters
+// without a type, so that the server takes the column's.
+func (r *relation) text(c *rowChange, checked bool) string {
 	var b strings.Builder
 	param := 0
 	next := func() string {
@@ -314,6 +350,8 @@ func (r *relation) text(c *rowChange) string {
 		fmt.Fprintf(&b, "WITH old AS (DELETE FROM ONLY %s WHERE %s RETURNING *) ", r.quoted(), r.where(c, next))
 		r.insertInto(&b)
 		fmt.Fprintf(&b, " SELECT %s FROM old", strings.Join(values, ", "))
+	case c.operation == 'U' && !r.assigns(c): // every value that was sent is the key, and that is the same
+		fmt.Fprintf(&b, "SELECT FROM ONLY %s WHERE %s FOR NO KEY UPDATE", r.quoted(), r.where(c, next))
 	case c.operation == 'U':
 		var set []string
 		for i, a := range r.columns {
@@ -321,14 +359,46 @@ func (r *relation) text(c *rowChange) string {
 				set = append(set, quote(a.name)+" = "+next())
 			}
 		}
-		if len(set) == 0 { // every value that was sent is the key, and that is the same
-			return fmt.Sprintf("SELECT FROM ONLY %s WHERE %s FOR NO KEY UPDATE", r.quoted(), r.where(c, next))
+		if checked {
+			return r.merge(asUpdated, "UPDATE SET "+strings.Join(set, ", "), r.where(c, next))
 		}
 		fmt.Fprintf(&b, "UPDATE ONLY %s SET %s WHERE %s", r.quoted(), strings.Join(set, ", "), r.where(c, next))
+	case checked:
+		return r.merge(asDeleted, "DELETE", r.where(c, next))
 	default:
 		fmt.Fprintf(&b, "DELETE FROM ONLY %s WHERE %s", r.quoted(), r.where(c, next))
 	}
 	return b.String()
+}
+
+// merge returns an UPDATE or DELETE of one row that fails where there is no such row; that there are not two is for the
+// index to see to. Its plan is the plain statement's but for a join with one empty row.
+//
+// Nothing is ever inserted; but DO NOTHING would be left out of the plan together with its condition, and for a column that is not
+// named the planner looks at its default, which may be a function that is not for this session. The table's alias, by which changed
+// tells what is done, is also for tables that are called what the other side of the join is.
+func (r *relation) merge(alias, action, condition string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "MERGE INTO ONLY %s%s USING (SELECT) AS one ON %s WHEN MATCHED THEN %s WHEN NOT MATCHED AND quorate.no_such_row() THEN INSERT (",
+		r.quoted(), alias, condition, action)
+	r.names(&b)
+	b.WriteString(") OVERRIDING SYSTEM VALUE VALUES (NULL" + strings.Repeat(", NULL", len(r.columns)-1) + ")")
+	return b.String()
+}
+
+// The aliases of merge.
+const (
+	asUpdated = " AS updated"
+	asDeleted = " AS deleted"
+)
+
+func (r *relation) names(b *strings.Builder) {
+	for i, a := range r.columns {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(quote(a.name))
+	}
 }
 
 // insertText returns the statement that inserts that many rows, whose values are its parameters.
@@ -354,11 +424,9 @@ func (r *relation) insertText(rows int) string {
 }
 
 func (r *relation) insertInto(b *strings.Builder) {
-	names := make([]string, len(r.columns))
-	for i, a := range r.columns {
-		names[i] = quote(a.name)
-	}
-	fmt.Fprintf(b, "INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE", r.quoted(), strings.Join(names, ", "))
+	fmt.Fprintf(b, "INSERT INTO %s (", r.quoted())
+	r.names(b)
+	b.WriteString(") OVERRIDING SYSTEM VALUE")
 }
 
 // where identifies the row. A row without a unique key may have twins: then it is any one of them, which is why the

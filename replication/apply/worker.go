@@ -9,6 +9,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/quorate/quorate/internal/invariant"
 	"github.com/quorate/quorate/internal/logkey"
 	"github.com/quorate/quorate/txn"
 )
@@ -118,10 +119,14 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 		err := w.execute(e)
 		if err == nil {
 			w.p.metrics.executed(time.Since(start))
-			err = w.commit(ctx, e)
-			if err == nil {
-				return nil
-			}
+			err = w.commit(e)
+		}
+		if errors.Is(err, errConnection) {
+			err = w.fate(ctx, e, err)
+		}
+		if err == nil {
+			w.p.visible(e)
+			return nil
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -130,7 +135,6 @@ func (w *worker) complete(ctx context.Context, e *entry) error {
 		if err := w.recover(ctx, e, err, exact, &failing, &ordered); err != nil {
 			return err
 		}
-		w.p.setState(e, stateRunning)
 	}
 }
 
@@ -140,16 +144,21 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 	if errors.Is(cause, errConnection) {
 		log.Warn("apply worker lost its connection, applying again", logkey.Error, cause)
 		w.disconnect()
+		w.p.rerun(e)
 		return nil
 	}
 	if w.session == nil {
 		return cause // the fate of its COMMIT could not be asked for
+	}
+	if w.session.committed {
+		return cause // what the server should have refused
 	}
 	if !errors.Is(cause, errEvicted) {
 		if err := w.session.rollback(); err != nil {
 			w.disconnect()
 		}
 	}
+	w.p.rerun(e)
 	if yield := w.p.takeYield(e); yield > 0 {
 		log.Debug("transaction gave way to an earlier one", "blocked", uint64(yield))
 		return w.p.WaitFor(ctx, yield)
@@ -205,9 +214,15 @@ func transient(sqlstate string) bool {
 	return false
 }
 
-// execute runs the changes of all items in an open transaction.
+// fewRows is up to how many changes are made in a way that lets the server find out whether they touch what they should. That
+// costs 6 µs for each UPDATE or DELETE, on a machine where the round trip that it saves both sides costs 150.
+const fewRows = 16
+
+// execute runs the changes of all items in an open transaction. If it is e's turn by the time that the last of them are
+// sent, and nothing depends on how they are answered, COMMIT goes with them.
 func (w *worker) execute(e *entry) error {
 	s := w.session
+	s.committed = false
 	if generation := w.p.generation.Load(); s.generation != generation {
 		s.generation = generation
 		s.forgetPlans()
@@ -215,11 +230,16 @@ func (w *worker) execute(e *entry) error {
 			return err
 		}
 	}
+	s.few = e.rows <= fewRows
 	s.begin(e.last)
 	for i := range e.items {
 		if err := w.item(&e.items[i]); err != nil {
 			return err
 		}
+	}
+	s.insertAll()
+	if !s.doubtful && w.p.claim(e) {
+		s.commit()
 	}
 	return s.finish()
 }
@@ -278,33 +298,32 @@ func (w *worker) changes(csn txn.CSN, changes []byte) error {
 	return nil
 }
 
-// commit waits for e's turn and makes it visible. Whoever books the entry before it writes the COMMIT; here the reply
-// is read, so that no other goroutine stands between the two.
-func (w *worker) commit(ctx context.Context, e *entry) error {
+// commit waits for e's turn and until it is committed, unless it is. Whoever books the entry before it writes the COMMIT;
+// here the reply is read, so that no other goroutine stands between the two.
+func (w *worker) commit(e *entry) error {
+	if w.session.committed {
+		return nil
+	}
 	start := time.Now()
 	w.p.mu.Lock()
+	invariant.Check(e.state == stateRunning, "apply: transaction %d is executed and not running", e.last)
 	e.state = stateReady
 	r := w.p.advance()
 	w.p.mu.Unlock()
 	r.do(w.p)
 
-	committed, err := w.session.awaitEnd()
-	if errors.Is(err, errConnection) {
-		return w.fate(ctx, e, err)
-	}
-	if err != nil {
+	if err := w.session.awaitEnd(); err != nil {
 		return err
 	}
-	if !committed {
+	if !w.session.committed {
 		return errEvicted
 	}
 	w.p.metrics.published(time.Since(start))
-	w.p.visible(e)
 	return nil
 }
 
-// fate finds out, after the connection was lost, whether e is committed: if its COMMIT was sent, the progress tells.
-// Taking the origin again, in connect, has ended the old server process first.
+// fate finds out, after the connection was lost, whether e is committed, and returns nil if so: if its COMMIT was sent, the
+// progress tells. Taking the origin again, in connect, has ended the old server process first.
 func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 	w.p.mu.Lock()
 	sent := e.state == stateCommitting
@@ -321,28 +340,32 @@ func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 			return err
 		}
 		rows, err := w.session.query("SELECT " + highestProgress)
-		if errors.Is(err, errConnection) {
+		if err != nil { // whatever it is: without the answer there is no way to go on
+			w.p.log.Warn("cannot read progress, asking again", logkey.CSN, uint64(e.last), logkey.Error, err)
+			if err := pause(ctx, 10*time.Millisecond); err != nil {
+				return err
+			}
 			continue
-		}
-		if err != nil {
-			return fmt.Errorf("read progress: %w", err)
 		}
 		progress, err := parseProgress(rows)
 		if err != nil {
 			return err
 		}
 		if progress >= e.last {
-			w.p.visible(e)
 			return nil
 		}
-		w.p.log.Warn("a COMMIT was lost, applying again", logkey.CSN, uint64(e.last), logkey.Error, cause)
+		w.p.log.Warn("a connection was lost with a COMMIT on its way, which did not arrive: applying again", logkey.CSN, uint64(e.last), logkey.Error, cause)
 		return errEvicted // nothing to roll back
 	}
 }
 
-func (p *Pipeline) setState(e *entry, s state) {
+// rerun makes e one that is being executed, whatever it was.
+func (p *Pipeline) rerun(e *entry) {
 	p.mu.Lock()
-	e.state = s
+	if e.state == stateCommitting {
+		p.inFlight.Store(0)
+	}
+	e.state = stateRunning
 	p.mu.Unlock()
 }
 

@@ -488,6 +488,14 @@ BEGIN
     END IF;
 END $$;
 
+-- no_such_row makes a statement of apply's fail that does not find the row which it is to change.
+CREATE OR REPLACE FUNCTION quorate.no_such_row() RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    RAISE EXCEPTION USING ERRCODE = 'QR001', MESSAGE = 'a row to be changed is not there';
+END $$;
+
 -- current_gid returns the GID under which the transaction in progress will be committed. The gateway, which sees the name in
 -- a statement's text, has put it where it is found here.
 CREATE OR REPLACE FUNCTION quorate.current_gid() RETURNS text

@@ -32,7 +32,7 @@ func (s *session) serve() {
 	prepared := map[string]string{}
 	var query string
 	var params []string
-	skipping := false
+	skipping, committed := false, false
 	for {
 		message, err := b.Receive()
 		if err != nil {
@@ -59,6 +59,7 @@ func (s *session) serve() {
 		case *pgproto3.Execute:
 			if !skipping {
 				skipping = s.answer(b, query, params) != nil
+				committed = query == "COMMIT" && !skipping
 			}
 		case *pgproto3.Sync:
 			skipping = false
@@ -69,6 +70,10 @@ func (s *session) serve() {
 			}
 			if b.Flush() != nil {
 				return
+			}
+			if committed {
+				committed = false
+				s.db.run.reach(s.db.node, "a worker's COMMIT is answered")
 			}
 		case *pgproto3.Query:
 			s.pause(200 * time.Microsecond)
@@ -133,6 +138,7 @@ func (s *session) answer(b *pgproto3.Backend, sql string, params []string) error
 
 var (
 	updateSQL = regexp.MustCompile(`^UPDATE ONLY "public"\."t" SET "v" = \$1 WHERE "id" OPERATOR\(pg_catalog\.=\) \$2$`)
+	mergeSQL  = regexp.MustCompile(`^MERGE INTO ONLY "public"\."t" AS updated USING \(SELECT\) AS one ON "id" OPERATOR\(pg_catalog\.=\) \$2 WHEN MATCHED THEN UPDATE SET "v" = \$1 WHEN NOT MATCHED AND quorate\.no_such_row\(\) THEN INSERT \("id", "v"\) OVERRIDING SYSTEM VALUE VALUES \(NULL, NULL\)$`)
 	insertSQL = regexp.MustCompile(`^INSERT INTO "public"\."t" \("id", "v"\) OVERRIDING SYSTEM VALUE VALUES \(\$1, \$2\)(, \(\$\d+, \$\d+\))*$`)
 	nameSQL   = regexp.MustCompile(`^SET application_name = '(.*)'$`)
 )
@@ -147,6 +153,12 @@ func (s *session) execute(sql string, params []string) (rows [][]string, tag str
 	case updateSQL.MatchString(sql):
 		_, n, err := s.update(params[1], params[0], false)
 		return nil, fmt.Sprintf("UPDATE %d", n), err
+	case mergeSQL.MatchString(sql):
+		_, n, err := s.update(params[1], params[0], false)
+		if err == nil && n == 0 {
+			err = failure("QR001", "a row to be changed is not there")
+		}
+		return nil, fmt.Sprintf("MERGE %d", n), err
 	case insertSQL.MatchString(sql):
 		for row := range slices.Chunk(params, 2) {
 			if err := s.insert(row[0], row[1]); err != nil { // the transaction has failed, and with it the rows before
