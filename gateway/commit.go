@@ -343,8 +343,8 @@ func (s *session) decide(op *commitOp) error {
 		}
 		switch ev.Step {
 		case txn.StepNudge:
-			if undone {
-				continue // it was said before Evict came
+			if s.rolledBackAlready() {
+				continue // it was said before, and there is nothing left to decode
 			}
 			failure, err := s.nudge(op)
 			if err != nil {
@@ -393,6 +393,13 @@ func (s *session) decided() bool {
 	undone := s.undone && s.phase == phaseDeciding
 	s.phase, s.commit = phaseReady, nil
 	return undone
+}
+
+// rolledBackAlready reports whether the transaction was evicted, in whatever phase of its commit.
+func (s *session) rolledBackAlready() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.undone
 }
 
 // mayRelease marks COMMIT as on its way, unless the transaction has been rolled back. A cancel request that is on

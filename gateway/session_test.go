@@ -680,6 +680,8 @@ func testEvict(t *testing.T, f *fixture) {
 		<-commit.waiting
 		f.evict(t, c)
 		<-commit.lostCh
+		commit.events <- txn.Event{Step: txn.StepNudge} // these were said before
+		commit.events <- txn.Event{Step: txn.StepNudge}
 		commit.events <- last.event
 		if got := <-done; got != last.want {
 			t.Errorf("evicted while waiting for the verdict: %s, want %s", got, last.want)
