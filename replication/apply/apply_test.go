@@ -50,6 +50,7 @@ CREATE TABLE fk (id int PRIMARY KEY REFERENCES account DEFERRABLE INITIALLY DEFE
 CREATE TABLE one (one int PRIMARY KEY, r int NOT NULL); CREATE TABLE r (r int PRIMARY KEY, one text NOT NULL);
 CREATE FUNCTION public.next_r() RETURNS text LANGUAGE sql AS 'SELECT max(r)::text FROM r'; CREATE FUNCTION public.never() RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT (1/0)::text';
 CREATE TABLE defaults (id text PRIMARY KEY DEFAULT public.next_r(), v text DEFAULT public.next_r() || 'x', w text DEFAULT public.never());
+CREATE TABLE dropped (id int PRIMARY KEY, gone int, v text); ALTER TABLE dropped DROP gone;
 CREATE DOMAIN solid AS text NOT NULL CHECK (value <> ''); CREATE TABLE solids (id solid PRIMARY KEY, v solid, big bigserial, twice text GENERATED ALWAYS AS (v || v) STORED);
 `)
 			registry := prometheus.NewRegistry()
@@ -80,6 +81,7 @@ CREATE DOMAIN solid AS text NOT NULL CHECK (value <> ''); CREATE TABLE solids (i
 				"INSERT INTO types VALUES "+types+"; UPDATE types SET v = 'w'; UPDATE types SET ar = '{7}', f = 'NaN', r = 'empty'",
 				"INSERT INTO one VALUES (1, 1), (2, 2); UPDATE one SET r = 5 WHERE one = 1; UPDATE one SET one = 7 WHERE one = 1; DELETE FROM one WHERE r = 2",
 				"INSERT INTO r VALUES (1, 'a'), (2, 'b'); UPDATE r SET one = 'c' WHERE r = 1; UPDATE r SET r = 7 WHERE r = 1; DELETE FROM r WHERE one = 'b'",
+				"INSERT INTO dropped VALUES (1, 'a'), (2, 'b'); UPDATE dropped SET v = 'c' WHERE id = 1; DELETE FROM dropped WHERE id = 2",
 				"INSERT INTO defaults (v, w) VALUES (DEFAULT, 'w'); UPDATE defaults SET v = 'y'; UPDATE defaults SET id = 'k'; DELETE FROM defaults",
 				"INSERT INTO solids VALUES ('a', 'x'), ('b', 'y'); UPDATE solids SET v = 'z' WHERE id = 'a'; UPDATE solids SET id = 'c' WHERE id = 'a'; DELETE FROM solids WHERE id = 'b'",
 				"INSERT INTO fk VALUES (1); DELETE FROM account WHERE id = 2",
@@ -96,7 +98,7 @@ CREATE DOMAIN solid AS text NOT NULL CHECK (value <> ''); CREATE TABLE solids (i
 			}
 			p.await(items[len(items)-1].CSN)
 			c.equal("account", `"odd ""name"`, "ident", "generated", "toasted", "twins", "fullkey", "alternative", "keyonly", "nothing",
-				"part", "part1", "part2", "only parent", "child", "types", "fk", "one", "r", "defaults", "solids")
+				"part", "part1", "part2", "only parent", "child", "types", "fk", "one", "r", "dropped", "defaults", "solids")
 			if problems, err := testutil.GatherAndLint(registry); err != nil || len(problems) > 0 {
 				t.Errorf("metrics: %v %v", problems, err)
 			}
@@ -723,9 +725,13 @@ func TestConnectionLostWithCommit(t *testing.T) {
 			cfg := c.config()
 			cfg.Workers, cfg.FlushEvery, cfg.BlockedAfter = 1, time.Hour, time.Hour
 			var armed atomic.Bool
+			var p *started
 			c.watch(&cfg, func(conn net.Conn, b []byte) (int, error) {
 				if !armed.CompareAndSwap(true, false) {
 					return conn.Write(b)
+				}
+				if in := p.inFlight.Load(); in != 2 {
+					t.Errorf("in flight is %d", in)
 				}
 				if arrives {
 					if _, err := conn.Write(b); err != nil {
@@ -736,7 +742,7 @@ func TestConnectionLostWithCommit(t *testing.T) {
 				_ = conn.Close() // the reply, or the rest, gets lost
 				return len(b), nil
 			})
-			p := start(t, cfg)
+			p = start(t, cfg)
 			p.apply(c.run("INSERT INTO t VALUES (1)"))
 			p.idleWorkers(1)
 			armed.Store(true)
@@ -764,7 +770,7 @@ func TestSeenBehindOwnTransaction(t *testing.T) {
 		return true
 	}
 	p := start(t, cfg)
-	p.idleWorkers(4)
+	p.apply(c.run("UPDATE t SET n = 9")) // it is connected, and lets commits through
 	session := c.connect("dst")
 	c.exec(session, "BEGIN; UPDATE t SET n = 5")
 	p.enqueue(c.run("UPDATE t SET n = 1")...)
@@ -773,15 +779,97 @@ func TestSeenBehindOwnTransaction(t *testing.T) {
 	case <-p.Pipeline.stopped:
 		t.Fatal("the pipeline has stopped")
 	}
-	if p.inFlight.Load() != 1 {
+	if p.inFlight.Load() != 2 {
 		t.Error("COMMIT was not sent with the changes")
 	}
-	if seen, err := p.Seen(t.Context()); err != nil || seen != 0 {
+	if seen, err := p.Seen(t.Context()); err != nil || seen != 1 {
 		t.Errorf("seen %d, %v", seen, err)
 	}
 	c.exec(session, "ROLLBACK")
-	p.await(1)
+	p.await(2)
 	c.equal("t")
+}
+
+// TestRowChangedMeanwhile: a change that has waited for somebody who then commits all the same, behind the node's back, finds the row
+// as that one left it.
+func TestRowChangedMeanwhile(t *testing.T) {
+	for _, major := range []int{17, 18} {
+		for _, test := range []struct {
+			first, change string
+			found         bool
+		}{
+			{"UPDATE t SET n = 5", "UPDATE t SET n = 1", true},
+			{"UPDATE t SET n = 5", "DELETE FROM t", true},
+			{"DELETE FROM t", "UPDATE t SET n = 1", false},
+			{"UPDATE t SET id = 7", "DELETE FROM t", false},
+		} {
+			t.Run(fmt.Sprintf("%d: %s, %s", major, test.first, test.change), func(t *testing.T) {
+				c := newCluster(t, major, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0);")
+				cfg := c.config()
+				session := c.connect("dst")
+				var once sync.Once
+				cfg.Evict = func(Blockade) bool {
+					once.Do(func() {
+						if err := session.PgConn().Exec(t.Context(), "COMMIT").Close(); err != nil {
+							t.Error(err)
+						}
+					})
+					return true
+				}
+				p := start(t, cfg)
+				p.apply(c.run("UPDATE t SET n = 9"))
+				c.exec(session, "BEGIN; "+test.first)
+				p.enqueue(c.run(test.change)...)
+				if test.found {
+					p.await(2)
+					c.equal("t")
+				} else if err := p.failure(); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "touched 0 rows, not 1") {
+					t.Errorf("got %v", err)
+				}
+			})
+		}
+	}
+}
+
+// TestKeyThatIsNone: what the log tells of a row may be less than what is unique here. Then how many rows a change has touched is
+// looked at before it is committed.
+func TestKeyThatIsNone(t *testing.T) {
+	t.Run("generated column", func(t *testing.T) { // PostgreSQL 18 refuses such a DELETE
+		c := newCluster(t, 17, "CREATE TABLE t (a int, b int, c int GENERATED ALWAYS AS (b % 10) STORED, PRIMARY KEY (a, c)); INSERT INTO t VALUES (1, 1), (1, 2), (2, 2);")
+		p := start(t, c.config())
+		p.apply(c.run("DELETE FROM t WHERE a = 2"))
+		p.enqueue(c.run("DELETE FROM t WHERE b = 1")...)
+		if err := p.failure(); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "touched 2 rows, not 1") {
+			t.Errorf("got %v", err)
+		}
+		if rows := c.text(c.dst, "SELECT count(*) FROM t"); rows != "2" {
+			t.Errorf("%s rows are left", rows)
+		}
+	})
+	t.Run("collation", func(t *testing.T) {
+		c := newCluster(t, 18, `CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+CREATE TABLE t (v text COLLATE loose NOT NULL, n int); CREATE UNIQUE INDEX t_v ON t (v COLLATE "C"); ALTER TABLE t REPLICA IDENTITY USING INDEX t_v;
+INSERT INTO t VALUES ('a', 1), ('A', 2);`)
+		p := start(t, c.config())
+		p.apply(c.run("UPDATE t SET n = 3 WHERE n = 1"))
+		p.apply(c.run("DELETE FROM t WHERE n = 2"))
+		c.equal("t")
+	})
+}
+
+// TestCommittedAllTheSame: what a trigger does that came to be behind the node's back is told, with what it means.
+func TestCommittedAllTheSame(t *testing.T) {
+	c := newCluster(t, 18, "CREATE TABLE t (id int PRIMARY KEY)")
+	cfg := c.config()
+	cfg.Workers = 1
+	p := start(t, cfg)
+	p.apply(c.run("INSERT INTO t VALUES (1)"))
+	c.exec(c.dst, `CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TRIGGER f BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION f(); ALTER TABLE t ENABLE ALWAYS TRIGGER f`)
+	p.enqueue(c.run("INSERT INTO t VALUES (2)")...)
+	if err := p.failure(); !errors.Is(err, txn.ErrDiverged) || !strings.Contains(err.Error(), "is committed, and a restart") || !strings.Contains(err.Error(), "touched 0 rows, not 1") {
+		t.Errorf("got %v", err)
+	}
 }
 
 // TestGatheredRows: rows that go out many at a time are there when something else happens to their table, and what a trigger

@@ -64,7 +64,7 @@ type relation struct {
 	columns      []relationAttribute // those of the Relation message, in its order
 	identity     []int               // the columns that identify a row
 	unique       bool                // identity is unique
-	keyed        bool                // … and exactly what a unique index here is on
+	keyed        bool                // … and exactly what a unique index here is on, so that there are not two such rows
 	ordered      bool                // it has triggers or rules here, which see the order of changes: see gather
 	texts        map[string]string   // statement text by shape; bounded by maxShapes
 }
@@ -83,20 +83,24 @@ type relationAttribute struct {
 // lookupRelation asks for a table's columns. For the index that identifies rows, it finds the equality operator of
 // its operator class: with search_path = pg_catalog a plain = may resolve to none (an extension's type) or to
 // another (citext's would become text's). A type whose = may hold between values that print differently (numeric,
-// float, interval, a non-deterministic collation) is not exact.
+// float, interval, a non-deterministic collation) is not exact. Where the index has another collation than the column, and the
+// column's is not deterministic, what = finds is not what is unique.
 const lookupRelation = `SELECT c.relkind, coalesce(a.attname, ''), a.attidentity = 'a',
   a.atttypid = ANY ('{bool,bytea,char,name,int8,int2,int4,text,oid,varchar,date,time,timestamp,timestamptz,uuid}'::regtype[])
     AND coalesce(col.collisdeterministic, true),
   format_type(a.atttypid, a.atttypmod),
   EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled IN ('A', 'R')) OR c.relhasrules,
   (SELECT format('OPERATOR(%I.%s)', opn.nspname, o.oprname)
-   FROM pg_index i, LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) AS k(attnum, opclass)
+   FROM pg_index i, LATERAL unnest(i.indkey::int2[], i.indclass::oid[], i.indcollation::oid[]) AS k(attnum, opclass, coll)
    JOIN pg_opclass oc ON oc.oid = k.opclass
    JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3 AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
    JOIN pg_am am ON am.oid = ao.amopmethod AND am.amname = 'btree'
    JOIN pg_operator o ON o.oid = ao.amopopr JOIN pg_namespace opn ON opn.oid = o.oprnamespace
    WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.attnum = a.attnum
-     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END)
+     AND (k.coll = a.attcollation OR coalesce(col.collisdeterministic, true))
+     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END),
+  coalesce((SELECT i.indnkeyatts FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END), 0)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
 LEFT JOIN pg_collation col ON col.oid = a.attcollation
@@ -153,12 +157,7 @@ func (s *session) lookup(m relationMessage) (*relation, error) {
 			local[row[1]] = relationAttribute{name: row[1], always: row[2] == "t", exact: row[3] == "t", typeName: row[4], equality: row[6]}
 		}
 	}
-	indexed, inIndex := 0, 0 // columns of identity and of all that are in the index by which rows are found
-	for _, a := range local {
-		if a.equality != "" {
-			inIndex++
-		}
-	}
+	indexed := 0 // columns of identity that are in the index by which rows are found
 	for i, c := range m.columns {
 		a, ok := local[c.name]
 		if !ok {
@@ -180,7 +179,7 @@ func (s *session) lookup(m relationMessage) (*relation, error) {
 		r.identity = slices.DeleteFunc(r.identity, func(i int) bool { return r.columns[i].equality == "" })
 	}
 	r.unique = !m.full || indexed > 0
-	r.keyed = indexed > 0 && indexed == len(r.identity) && indexed == inIndex
+	r.keyed = indexed > 0 && indexed == len(r.identity) && strconv.Itoa(indexed) == rows[0][7] // a generated column is not replicated
 	return r, nil
 }
 
@@ -445,7 +444,7 @@ func (r *relation) where(c *rowChange, next func() string) string {
 		case a.exact:
 			terms = append(terms, name+" = "+next())
 		default: // what the value prints is what was sent; the type may have no equality at all
-			terms = append(terms, "format('%s', "+name+") = "+next()+"::text")
+			terms = append(terms, "format('%s', "+name+") COLLATE \"C\" = "+next()+"::text")
 		}
 	}
 	condition := strings.Join(terms, " AND ")

@@ -151,7 +151,7 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 		return cause // the fate of its COMMIT could not be asked for
 	}
 	if w.session.committed {
-		return cause // what the server should have refused
+		return fmt.Errorf("what the server should have refused is committed, and a restart will not find it again: %w", cause)
 	}
 	if !errors.Is(cause, errEvicted) {
 		if err := w.session.rollback(); err != nil {
@@ -334,15 +334,20 @@ func (w *worker) fate(ctx context.Context, e *entry, cause error) error {
 	if !sent {
 		return cause
 	}
-	for {
+	begin := time.Now()
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		w.disconnect()
 		if err := w.connect(ctx); err != nil {
 			return err
 		}
 		rows, err := w.session.query("SELECT " + highestProgress)
-		if err != nil { // whatever it is: without the answer there is no way to go on
+		if err != nil {
+			w.disconnect() // without an answer e must not be executed again: see recover
+			if time.Since(begin) > w.p.cfg.RetryFor {
+				return fmt.Errorf("read progress: %w", err)
+			}
 			w.p.log.Warn("cannot read progress, asking again", logkey.CSN, uint64(e.last), logkey.Error, err)
-			if err := pause(ctx, 10*time.Millisecond); err != nil {
+			if err := pause(ctx, wait); err != nil {
 				return err
 			}
 			continue

@@ -236,7 +236,7 @@ func (s *session) execute(sql string, params []string) (rows [][]string, tag str
 		}
 		return one("t")
 	case strings.HasPrefix(sql, "SELECT c.relkind"):
-		return [][]string{{"r", "id", "f", "t", "text", "f", "OPERATOR(pg_catalog.=)"}, {"r", "v", "f", "t", "text", "f", ""}}, "SELECT 2", nil
+		return [][]string{{"r", "id", "f", "t", "text", "f", "OPERATOR(pg_catalog.=)", "1"}, {"r", "v", "f", "t", "text", "f", "", "1"}}, "SELECT 2", nil
 	}
 	d.run.fail("the fake server does not know %q", sql)
 	return nil, "", failure("42601", "unknown statement")
