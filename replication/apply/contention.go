@@ -163,7 +163,7 @@ func changed(statement string) (operation byte, table string) {
 		}
 	}
 	if table, ok := strings.CutPrefix(statement, "MERGE INTO ONLY "); ok {
-		if strings.Contains(table, asDeleted+" USING (SELECT) AS one ON ") {
+		if strings.Contains(table, asDeleted) {
 			return 'D', table
 		}
 		return 'U', table

@@ -501,10 +501,11 @@ func (s *session) fail(m *pgproto3.ErrorResponse) error {
 	}
 	s.failed = cause
 	if e, ok := s.expected.first(); ok && !e.sync {
-		s.failed = e.divergence(0, cause)
-		if cause.Code == codeNoSuchRow {
-			s.failed = e.divergence(0, nil)
+		var reason error = cause
+		if cause.Code == codeNoSuchRow { // that no row was touched says it all
+			reason = nil
 		}
+		s.failed = e.divergence(0, reason)
 	}
 	return nil
 }

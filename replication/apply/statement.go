@@ -91,19 +91,18 @@ const lookupRelation = `SELECT c.relkind, coalesce(a.attname, ''), a.attidentity
   format_type(a.atttypid, a.atttypmod),
   EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled IN ('A', 'R')) OR c.relhasrules,
   (SELECT format('OPERATOR(%I.%s)', opn.nspname, o.oprname)
-   FROM pg_index i, LATERAL unnest(i.indkey::int2[], i.indclass::oid[], i.indcollation::oid[]) AS k(attnum, opclass, coll)
+   FROM unnest(i.indkey::int2[], i.indclass::oid[], i.indcollation::oid[]) AS k(attnum, opclass, coll)
    JOIN pg_opclass oc ON oc.oid = k.opclass
    JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3 AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
    JOIN pg_am am ON am.oid = ao.amopmethod AND am.amname = 'btree'
    JOIN pg_operator o ON o.oid = ao.amopopr JOIN pg_namespace opn ON opn.oid = o.oprnamespace
-   WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.attnum = a.attnum
-     AND (k.coll = a.attcollation OR coalesce(col.collisdeterministic, true))
-     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END),
-  coalesce((SELECT i.indnkeyatts FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
-     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END), 0)
+   WHERE k.attnum = a.attnum AND (k.coll = a.attcollation OR coalesce(col.collisdeterministic, true))),
+  coalesce(i.indnkeyatts, 0)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
 LEFT JOIN pg_collation col ON col.oid = a.attcollation
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+  AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END
 WHERE n.nspname = $1 AND c.relname = $2 ORDER BY a.attnum`
 
 // relation returns the local table for a Relation message and makes it the current one of its OID.
@@ -205,7 +204,7 @@ func (s *session) applyRow(csn txn.CSN, message []byte) error {
 	if len(c.new) != len(r.columns) && c.operation != 'D' || len(c.old) != len(r.columns) && c.identity != 0 {
 		return fmt.Errorf("%s of %d columns, not %d: %w", operationName(c.operation), len(c.new), len(r.columns), txn.ErrCorrupt)
 	}
-	checked := r.checkable(c) && (s.few || c.operation == 'I')
+	checked := (s.few || c.operation == 'I') && r.checkable(c)
 	s.doubtful = s.doubtful || !checked
 	s.settle(r, c.operation == 'I')
 	if c.operation == 'I' {
@@ -378,17 +377,17 @@ func (r *relation) text(c *rowChange, checked bool) string {
 // tells what is done, is also for tables that are called what the other side of the join is.
 func (r *relation) merge(alias, action, condition string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "MERGE INTO ONLY %s%s USING (SELECT) AS one ON %s WHEN MATCHED THEN %s WHEN NOT MATCHED AND quorate.no_such_row() THEN INSERT (",
+	fmt.Fprintf(&b, "MERGE INTO ONLY %s%s%s WHEN MATCHED THEN %s WHEN NOT MATCHED AND quorate.no_such_row() THEN INSERT (",
 		r.quoted(), alias, condition, action)
 	r.names(&b)
 	b.WriteString(") OVERRIDING SYSTEM VALUE VALUES (NULL" + strings.Repeat(", NULL", len(r.columns)-1) + ")")
 	return b.String()
 }
 
-// The aliases of merge.
+// What stands between table and condition in a merge.
 const (
-	asUpdated = " AS updated"
-	asDeleted = " AS deleted"
+	asUpdated = " AS updated USING (SELECT) AS one ON "
+	asDeleted = " AS deleted USING (SELECT) AS one ON "
 )
 
 func (r *relation) names(b *strings.Builder) {

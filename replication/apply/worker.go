@@ -144,8 +144,7 @@ func (w *worker) recover(ctx context.Context, e *entry, cause error, exact bool,
 	if errors.Is(cause, errConnection) {
 		log.Warn("apply worker lost its connection, applying again", logkey.Error, cause)
 		w.disconnect()
-		w.p.rerun(e)
-		return nil
+		return nil // fate has seen to e's state
 	}
 	if w.session == nil {
 		return cause // the fate of its COMMIT could not be asked for
