@@ -37,8 +37,8 @@ type session struct {
 
 	wmu           sync.Mutex // held while bytes to the server are appended or written, and through a streamed message
 	toServer      writer
-	prepared      bool // the hidden statements exist, but the ready statement
-	preparedReady bool
+	prepared      bool    // the hidden statements exist, but the ready statement
+	preparedReady *[]byte // which of the two ready statements exists, if one does: &prepareReady or &prepareGuarded
 
 	cmu      sync.Mutex
 	toClient writer

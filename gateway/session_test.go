@@ -452,6 +452,14 @@ func testRefused(t *testing.T, f *fixture) {
 	expect(t, c, "INSERT INTO t VALUES (1)", "!0A000 I")
 	expect(t, c, "RESET default_transaction_isolation", "RESET I")
 	expect(t, c, "SELECT count(*) FROM t", "(0) SELECT 1 I")
+	// A session's first opaque statement changes how its transactions are made ready, and DEALLOCATE ALL does not change that back.
+	c = f.connect(t)
+	expect(t, c, "INSERT INTO t VALUES (1)", "INSERT 0 1 I")
+	for range 2 {
+		expect(t, c, "DO $$ BEGIN CREATE ROLE nobody_else; END $$", "!0A000 I")
+		expect(t, c, "UPDATE t SET id = id + 1", "UPDATE 1 I")
+		expect(t, c, "DEALLOCATE ALL", "DEALLOCATE ALL I")
+	}
 	w := f.wire(t, nil)
 	w.send(join(all("CREATE DATABASE x"), syncMessage)...)
 	if got := w.until(1); got != "!0A000 I" {
