@@ -245,6 +245,7 @@ func (s *session) sendReady(op *commitOp, base txn.CSN) error {
 		return s.sendRollback()
 	}
 	op.commit, op.base = c, base
+	c.OnRelease(s.throughFn)
 	return s.sendReadyStatement(op)
 }
 
@@ -341,7 +342,7 @@ func (s *session) decide(op *commitOp) error {
 			op.commit.Lost()
 		}
 		ev, err := op.commit.Next(s.ctx)
-		undone := s.decided()
+		undone, through := s.decided()
 		if undone { // Evict has sent ROLLBACK; its answer comes first
 			if err := s.rolledBack(message{}); err != nil {
 				return s.connectionLost(op, err)
@@ -364,10 +365,13 @@ func (s *session) decide(op *commitOp) error {
 				return s.readyFailed(op, failure)
 			}
 		case txn.StepLocal, txn.StepRelease:
+			op.ordered = ev.Step == txn.StepRelease
+			if through {
+				return s.readCommitted(op)
+			}
 			if !s.mayRelease() {
 				continue // Evict came between: what follows is the word on a lost transaction
 			}
-			op.ordered = ev.Step == txn.StepRelease
 			return s.release(op)
 		case txn.StepAbort:
 			return s.aborted(op, ev)
@@ -396,13 +400,17 @@ func (s *session) deciding(op *commitOp) (evicted bool) {
 	return false
 }
 
-// decided ends the wait and reports whether Evict has rolled the transaction back during it.
-func (s *session) decided() bool {
+// decided ends the wait and reports what has happened during it: Evict has rolled the transaction back, or letThrough has
+// written COMMIT.
+func (s *session) decided() (undone, through bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	undone := s.undone && s.phase == phaseDeciding
-	s.phase, s.commit = phaseReady, nil
-	return undone
+	undone, through = s.undone && s.phase == phaseDeciding, s.through
+	if !through {
+		s.phase = phaseReady
+	}
+	s.commit, s.through = nil, false
+	return undone, through
 }
 
 // rolledBackAlready reports whether the transaction was evicted, in whatever phase of its commit.
@@ -645,14 +653,40 @@ func (s *session) nudge(op *commitOp) (failure []byte, err error) {
 	return failure, err
 }
 
+// letThrough writes COMMIT on the goroutine of whoever was before this transaction in the order, if the session waits for just
+// that. Otherwise the session does it itself when it hears of the release.
+func (s *session) letThrough(gid txn.GID) {
+	if !s.wmu.TryLock() {
+		return
+	}
+	defer s.wmu.Unlock()
+	s.mu.Lock()
+	waits := s.phase == phaseDeciding && s.commit.GID() == gid && !s.undone && s.cancels == 0
+	if waits {
+		s.phase, s.through = phaseEnding, true
+	}
+	s.mu.Unlock()
+	if waits {
+		_ = s.writeCommitLocked(&s.commitOp) // the session meets it too, when it reads
+	}
+}
+
 // release lets COMMIT through and tells the client what the server says.
 func (s *session) release(op *commitOp) error {
 	s.wmu.Lock()
+	err := s.writeCommitLocked(op)
+	s.wmu.Unlock()
+	if err != nil {
+		return s.commitLost(op, err)
+	}
+	return s.readCommitted(op)
+}
+
+// writeCommitLocked is called with wmu held.
+func (s *session) writeCommitLocked(op *commitOp) error {
 	b := s.toServer.buf
-	skip := 0 // replies before the one to COMMIT
 	if op.xid {
 		b = appendRun(b, stReadOnly)
-		skip = 2
 	}
 	switch {
 	case op.end == endExecute:
@@ -666,18 +700,16 @@ func (s *session) release(op *commitOp) error {
 		b = appendRun(b, stReadWrite)
 	}
 	s.toServer.buf = appendSync(b)
-	err := s.flushServerLocked()
-	s.wmu.Unlock()
-	if err != nil {
-		return s.commitLost(op, err)
-	}
-	return s.readCommitted(op, skip)
+	return s.flushServerLocked()
 }
 
 // readCommitted reads the answer to COMMIT. The gateway's own Sync ends it: behind a COMMIT there is nothing that a
 // Sync could end too early, except AND CHAIN's next transaction, which is a block.
-func (s *session) readCommitted(op *commitOp, skip int) error {
-	committed := false
+func (s *session) readCommitted(op *commitOp) error {
+	committed, skip := false, 0
+	if op.xid {
+		skip = 2 // what comes before the replies to COMMIT
+	}
 	var failure []byte
 	for {
 		m, err := s.receive()

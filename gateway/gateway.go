@@ -47,6 +47,9 @@ type Commit interface {
 	Seen() txn.CSN
 	// Next blocks for the next step; see txn.Step.
 	Next(ctx context.Context) (txn.Event, error)
+	// OnRelease has through called when the transaction is released, before Next yields StepRelease, on the goroutine of whoever
+	// was before it in the order.
+	OnRelease(through func(txn.GID))
 	// Committed, after StepRelease: the server said COMMIT.
 	Committed()
 	// Lost: the local transaction is gone or must go. Next then yields StepAbort, StepVisible or StepUnknown.

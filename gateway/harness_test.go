@@ -110,6 +110,7 @@ type testCommit struct {
 	waiting    chan struct{} // closed when Next is first called: the marker has been written
 	lostOnce   sync.Once
 	lostCh     chan struct{}
+	through    func(txn.GID)
 	closed     bool
 }
 
@@ -125,6 +126,9 @@ func (t *testCommit) Next(ctx context.Context) (txn.Event, error) {
 		case <-t.lostCh:
 			return txn.Event{Step: txn.StepAbort, Reason: txn.AbortEvicted}, nil
 		default:
+			if t.gid.Sequence%2 == 0 { // or the session lets COMMIT through by itself
+				t.through(t.gid)
+			}
 			return txn.Event{Step: txn.StepRelease}, nil
 		}
 	}
@@ -135,6 +139,8 @@ func (t *testCommit) Next(ctx context.Context) (txn.Event, error) {
 		return txn.Event{}, context.Cause(ctx)
 	}
 }
+
+func (t *testCommit) OnRelease(through func(txn.GID)) { t.through = through }
 
 func (t *testCommit) Committed() {
 	t.c.mu.Lock()

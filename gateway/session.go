@@ -62,6 +62,7 @@ type session struct {
 	stopping  bool      // the session ends when its transaction does
 	phase     phase     // of the commit or rollback in progress
 	commit    Commit    // in phase deciding
+	through   bool      // letThrough has written its COMMIT
 	txns      uint64    // transactions that have ended
 	txnEnded  time.Time // when the last of them did, or the session began
 	cancels   int       // cancel requests on their way to the server
@@ -82,6 +83,7 @@ type session struct {
 	fatal      bool // the client has been told that the session ends
 	flushFn    func() error
 	flushSrvFn func() error
+	throughFn  func(txn.GID)
 
 	// Of the client loop.
 	mode     mode
@@ -205,7 +207,7 @@ func newSession(g *Gateway, client, server net.Conn) *session {
 		portals:    make(map[string]*statement),
 	}
 	s.changed.L = &s.mu
-	s.flushFn, s.flushSrvFn = s.flushClient, s.flushServer
+	s.flushFn, s.flushSrvFn, s.throughFn = s.flushClient, s.flushServer, s.letThrough
 	return s
 }
 

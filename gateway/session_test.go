@@ -34,7 +34,7 @@ func TestSession(t *testing.T) {
 				{"Repeat", testRepeat}, {"Copy", testCopy}, {"Verdicts", testVerdicts}, {"ExtendedVerdicts", testExtendedVerdicts},
 				{"Deferred", testDeferred}, {"Refused", testRefused}, {"SideDoor", testSideDoor}, {"Cancel", testCancel},
 				{"Evict", testEvict}, {"EvictExtended", testEvictExtended}, {"EvictCopy", testEvictCopy}, {"LateCancel", testLateCancel},
-				{"EvictSlowReader", testEvictSlowReader},
+				{"EvictSlowReader", testEvictSlowReader}, {"LetThrough", testLetThrough},
 				{"Notify", testNotify}, {"Cursors", testCursors}, {"Temporary", testTemporary}, {"Deallocate", testDeallocate},
 				{"Pgx", testPgx}, {"Startup", testStartup}, {"ClientGone", testClientGone}, {"EndSessions", testEndSessions}, {"Malformed", testMalformed},
 				{"BackendGone", testBackendGone}, {"NoQuorum", testNoQuorum}, {"CutOff", testCutOff}, {"Functions", testFunctions}, {"Views", testViews}, {"Pgbench", testPgbench},
@@ -700,6 +700,55 @@ func testEvict(t *testing.T, f *fixture) {
 	}
 }
 
+// testLetThrough: others write a session's COMMIT for it, but only the one that it waits for, and not what Evict has undone.
+func testLetThrough(t *testing.T, f *fixture) {
+	const count = "SELECT count(*)::text FROM t"
+	w := f.wire(t, nil)
+	hold := func() *testCommit {
+		drained(f)
+		f.coord.holdNext()
+		w.send(query("BEGIN"), query("INSERT INTO t VALUES (1)"), query("COMMIT"))
+		commit := <-f.coord.begun
+		<-commit.waiting
+		return commit
+	}
+	evict := func(commit *testCommit) {
+		if !f.g.Evict(w.pid, laterEntry, time.Now()) {
+			t.Fatal("the gateway does not know its session")
+		}
+		<-commit.lostCh
+	}
+
+	commit := hold()
+	commit.through(txn.GID{Node: 1, Incarnation: 0xabc, Sequence: commit.gid.Sequence - 1})
+	evict(commit)
+	commit.through(commit.gid) // too late
+	commit.events <- txn.Event{Step: txn.StepRelease}
+	commit.events <- txn.Event{Step: txn.StepAbort, Reason: txn.AbortConflict}
+	if got := w.until(3); got != "BEGIN T INSERT_0_1 T !40001 I" {
+		t.Errorf("evicted: %s", got)
+	}
+	if got := f.ask(count); got != "0" {
+		t.Errorf("%s rows of a transaction that was rolled back", got)
+	}
+
+	commit = hold()
+	commit.through(commit.gid)
+	commit.through(commit.gid)
+	f.await(count, "1") // before the session has heard of it
+	if !f.g.Evict(w.pid, laterEntry, time.Now()) {
+		t.Fatal("the gateway does not know its session")
+	}
+	commit.events <- txn.Event{Step: txn.StepRelease}
+	if got := w.until(3); got != "BEGIN T INSERT_0_1 T COMMIT I" {
+		t.Errorf("let through: %s", got)
+	}
+	w.send(query("SELECT 1"))
+	if got := w.until(1); got != "T (1) SELECT_1 I" {
+		t.Errorf("then: %s", got)
+	}
+}
+
 // testLateCancel: a cancel request that comes late does not meet the next statement.
 func testLateCancel(t *testing.T, f *fixture) {
 	// Requests to cancel pass through here, and are held back until they are let through.
@@ -1252,6 +1301,7 @@ func testBackendGone(t *testing.T, f *fixture) {
 		commit := <-f.coord.begun
 		<-commit.waiting
 		kill(w.pid)
+		commit.through(commit.gid)
 		commit.events <- txn.Event{Step: txn.StepRelease}
 		<-commit.lostCh
 		commit.events <- last.event

@@ -42,7 +42,7 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 		item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
 		switch {
 		case held != nil:
-			item.Local = local{held}
+			item.Local = held
 		case own && gid.Incarnation != i.id && item.CSN > i.start:
 			var err error
 			if item.Local, err = i.earlier(d); err != nil {
@@ -60,21 +60,12 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 	}
 }
 
-// local fits a coordinator's transaction to apply.
-type local struct{ *coord.Transaction }
-
-func (l local) Committed() bool { return l.DidCommit() }
-
 // earlier stands for a transaction that an earlier incarnation of this node proposed, and that may have committed.
 type earlier struct{}
 
-var gone = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
-
-func (earlier) Release()                  {}
-func (earlier) Finished() <-chan struct{} { return gone }
-func (earlier) Committed() bool           { return false }
-func (earlier) PID() uint32               { return 0 }
-func (earlier) Visible(txn.CSN)           {}
+func (earlier) Release(ended func(committed bool)) { ended(false) }
+func (earlier) PID() uint32                        { return 0 }
+func (earlier) Visible(txn.CSN)                    {}
 
 // machine fits an incarnation's replication.Machine to consensus.
 type machine struct{ *incarnation }

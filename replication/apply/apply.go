@@ -39,13 +39,10 @@ type Item struct {
 // Local is a transaction of a client of this node, open in the client's server session, its COMMIT held back. Its
 // methods may be called from any goroutine and must not block.
 type Local interface {
-	// Release lets the COMMIT through: everything before it is visible. It is called once, or not at all if Finished
-	// was closed before.
-	Release()
-	// Finished is closed when the session's transaction has ended in any way.
-	Finished() <-chan struct{}
-	// Committed reports, after Finished, that the server confirmed the COMMIT. False: lost, failed or not known.
-	Committed() bool
+	// Release lets the COMMIT through: everything before it is visible. It is called once. ended is called when the session's
+	// transaction has ended in any way, which may have been before. With true, the server has confirmed the COMMIT: it sends
+	// the next one on its way, so it comes first of all, and without locks held. With false: lost, failed or not known.
+	Release(ended func(committed bool))
 	// PID is the session's server process; 0 if that is of an earlier life of the server or the node.
 	PID() uint32
 	// Visible tells that the session's transaction, which did not report Committed, is visible: it was applied from the

@@ -289,19 +289,21 @@ func TestVisibilityOrder(t *testing.T) {
 // held is a local transaction for tests: a session that runs it and holds its COMMIT back.
 type held struct {
 	conn      *pgx.Conn
-	finished  chan struct{}
 	committed atomic.Bool
 	visible   atomic.Uint64
 	releases  atomic.Int32
 	released  chan struct{} // takes one for the first Release
 	hang      bool          // does not react to Release
-	once      sync.Once
+
+	mu    sync.Mutex
+	over  bool
+	ended func(bool) // once released
 }
 
 // hold begins a transaction in dst and returns it with the item for its write set, which is that of item.
 func (c *cluster) hold(item Item, sql string) (Item, *held) {
 	c.t.Helper()
-	h := &held{conn: c.connect("dst"), finished: make(chan struct{}), released: make(chan struct{}, 1)}
+	h := &held{conn: c.connect("dst"), released: make(chan struct{}, 1)}
 	c.exec(h.conn, "BEGIN; SET LOCAL synchronous_commit = off; "+sql)
 	set := *item.Set
 	if _, err := fmt.Sscan(c.text(h.conn, "SELECT pg_current_xact_id()"), &set.XID); err != nil {
@@ -311,25 +313,40 @@ func (c *cluster) hold(item Item, sql string) (Item, *held) {
 	return item, h
 }
 
-func (h *held) Release() {
+func (h *held) Release(ended func(bool)) {
 	if h.releases.Add(1) == 1 {
 		h.released <- struct{}{}
 	}
-	if h.hang {
-		return
+	h.mu.Lock()
+	h.ended = ended
+	over := h.over
+	h.mu.Unlock()
+	switch {
+	case over:
+		ended(h.committed.Load())
+	case h.hang:
+	default:
+		go func() {
+			err := h.conn.PgConn().Exec(context.Background(), "COMMIT").Close()
+			h.committed.Store(err == nil)
+			ended(err == nil)
+		}()
 	}
-	go func() {
-		err := h.conn.PgConn().Exec(context.Background(), "COMMIT").Close()
-		h.committed.Store(err == nil)
-		h.finish()
-	}()
 }
 
-func (h *held) finish()                   { h.once.Do(func() { close(h.finished) }) }
-func (h *held) Finished() <-chan struct{} { return h.finished }
-func (h *held) Committed() bool           { return h.committed.Load() }
-func (h *held) PID() uint32               { return h.conn.PgConn().PID() }
-func (h *held) Visible(csn txn.CSN)       { h.visible.Store(uint64(csn)) }
+// end is the word of a session that has ended its transaction by itself.
+func (h *held) end() {
+	h.mu.Lock()
+	h.over = true
+	ended := h.ended
+	h.mu.Unlock()
+	if ended != nil {
+		ended(h.committed.Load())
+	}
+}
+
+func (h *held) PID() uint32         { return h.conn.PgConn().PID() }
+func (h *held) Visible(csn txn.CSN) { h.visible.Store(uint64(csn)) }
 
 var _ Local = (*held)(nil)
 
@@ -357,7 +374,7 @@ func TestLocals(t *testing.T) {
 			switch n {
 			case 12: // rolled back by its session
 				c.exec(h.conn, "ROLLBACK")
-				h.finish()
+				h.end()
 				lost[item.CSN] = h
 			case 24: // its process is killed
 				c.exec(c.dst, fmt.Sprintf("SELECT pg_terminate_backend(%d)", h.PID()))
@@ -374,7 +391,7 @@ func TestLocals(t *testing.T) {
 			p.await(47)
 			h := all[len(all)-1]
 			c.exec(h.conn, "COMMIT")
-			h.finish()
+			h.end()
 		}
 	}
 	p.await(60)
@@ -388,6 +405,7 @@ func TestLocals(t *testing.T) {
 		if got := h.visible.Load(); got != uint64(csn) {
 			t.Errorf("lost transaction %d was told %d", csn, got)
 		}
+		h.ended(true) // late: it is booked, and must not be again
 	}
 	for _, h := range all {
 		if h.releases.Load() > 1 || h.visible.Load() != 0 && h.committed.Load() {
@@ -597,7 +615,7 @@ func TestLaterHolderGivesWay(t *testing.T) {
 	c.eventually("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'quorate_apply_%' AND state = 'idle in transaction'", "1")
 	c.exec(local.conn, "COMMIT")
 	local.committed.Store(true)
-	local.finish()
+	local.end()
 	p.await(3)
 	c.equal("t", "gate")
 }
@@ -708,7 +726,7 @@ func TestOneRoundTrip(t *testing.T) {
 	}
 	c.exec(local.conn, "COMMIT")
 	local.committed.Store(true)
-	local.finish()
+	local.end()
 	p.await(items[1].CSN)
 	if n := writes.Load() - before; n != 2 {
 		t.Errorf("a transaction that had to wait has cost %d round trips", n)
@@ -1020,8 +1038,8 @@ func TestCrash(t *testing.T) {
 	p.apply(items[:99])
 	own, session := c.hold(items[99], "INSERT INTO seq VALUES (100)")
 	p.apply([]Item{own})
-	if err := p.Flush(t.Context(), 100); err != nil || p.Durable() != 100 || !session.Committed() {
-		t.Fatalf("flush: %v, durable %d, session committed %v", err, p.Durable(), session.Committed())
+	if err := p.Flush(t.Context(), 100); err != nil || p.Durable() != 100 || !session.committed.Load() {
+		t.Fatalf("flush: %v, durable %d, session committed %v", err, p.Durable(), session.committed.Load())
 	}
 	p.apply(items[100:150])
 	// The crash of one process takes the shared memory of all with it.
@@ -1150,7 +1168,7 @@ func TestHold(t *testing.T) {
 	p.enqueue(items[3])
 	c.exec(local.conn, "COMMIT")
 	local.committed.Store(true)
-	local.finish()
+	local.end()
 	if err := p.WaitFor(t.Context(), 3); err != nil {
 		t.Fatal(err)
 	}
@@ -1210,7 +1228,7 @@ func TestBackPressure(t *testing.T) {
 	}
 	c.exec(local.conn, "COMMIT")
 	local.committed.Store(true)
-	local.finish()
+	local.end()
 	if csn := <-seen; csn < 1 {
 		t.Errorf("seen %d", csn)
 	}

@@ -12,31 +12,51 @@ import (
 	"github.com/quorate/quorate/txn"
 )
 
-// finishLocals waits for released local transactions, one at a time because only the head is released, and books
-// them. One that did not commit is applied from the log: the log, not the session, is the truth.
+// localEnded takes the word of a released transaction's session. It runs on the session's goroutine: if the next COMMIT waited for
+// another goroutine to wake up, so would every one in the chain.
+func (p *Pipeline) localEnded(e *entry, committed bool) {
+	p.mu.Lock()
+	late := e.ended || p.failure != nil
+	e.ended = true
+	p.mu.Unlock()
+	switch {
+	case late:
+	case committed:
+		p.metrics.published(time.Since(e.released))
+		p.visible(e)
+	default:
+		p.lost <- e
+	}
+}
+
+// overdueLocal returns the released transaction whose session has said nothing for LocalTimeout, if there is one.
+func (p *Pipeline) overdueLocal() *entry {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	head, ok := p.queue.first()
+	if !ok || head.local == nil || head.state != stateCommitting || head.ended || time.Since(head.released) < p.cfg.LocalTimeout {
+		return nil
+	}
+	head.ended = true
+	return head
+}
+
+// finishLocals brings released local transactions to an end whose sessions do not say that they committed. One that did
+// not commit is applied from the log: the log, not the session, is the truth.
 func (p *Pipeline) finishLocals(ctx context.Context) error {
 	w := p.workers[0] // connects only when a transaction is lost
 	defer w.disconnect()
-	timer := time.NewTimer(p.cfg.LocalTimeout)
-	defer timer.Stop()
+	defer p.overdue.Stop()
 	for {
 		var e *entry
 		select {
-		case e = <-p.locals:
+		case e = <-p.lost:
+		case <-p.overdue.C:
+			e = p.overdueLocal()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		start := time.Now()
-		timer.Reset(p.cfg.LocalTimeout)
-		select {
-		case <-e.local.Finished():
-		case <-timer.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		if finished(e.local) && e.local.Committed() {
-			p.metrics.published(time.Since(start))
-			p.visible(e)
+		if e == nil {
 			continue
 		}
 		level := slog.LevelWarn
@@ -58,15 +78,6 @@ func (p *Pipeline) finishLocals(ctx context.Context) error {
 			return err
 		}
 		e.local.Visible(e.last)
-	}
-}
-
-func finished(l Local) bool {
-	select {
-	case <-l.Finished():
-		return true
-	default:
-		return false
 	}
 }
 

@@ -43,6 +43,9 @@ type entry struct {
 	yield   txn.CSN // evicted for this one: execute again when it is visible
 	worker  *worker // once running
 	since   time.Time
+	// Of a released local one.
+	released time.Time
+	ended    bool // somebody sees to its end: its session's later word counts no more
 }
 
 // alone reports whether e is never merged with others.
@@ -53,9 +56,9 @@ const lookahead = 64
 
 // Pipeline executes transactions and makes them visible in order. All methods are safe for concurrent use.
 //
-// There is no publisher thread. Whoever completes an entry sends the next one on its way: it writes the COMMIT on
-// the connection of the worker that holds it, which is reading already, or releases a local one. So the chain of
-// commits, the only sequential part, costs one write and one wake-up for each.
+// There is no publisher thread. Whoever completes an entry, a worker or the session of a local one, sends the next one on
+// its way: it writes the COMMIT on the connection of the worker that holds it, which is reading already, or releases a
+// local one. So the chain of commits, the only sequential part, costs one write and one wake-up for each.
 type Pipeline struct {
 	cfg     Config
 	log     *slog.Logger
@@ -89,7 +92,8 @@ type Pipeline struct {
 	flushing chan struct{} // full while a flush is under way
 
 	waiters waiters
-	locals  chan *entry // released local transactions, to be waited for
+	lost    chan *entry // the released local transaction that has not committed, as far as its session knows
+	overdue *time.Timer // for the released local transaction to end
 	workers []*worker   // the first is the one that re-applies lost local transactions
 	busy    chan struct{}
 	asleep  atomic.Bool // the monitor waits for busy
@@ -104,7 +108,8 @@ func New(c Config) *Pipeline {
 		keys: map[txn.Key]keyUses{}, enqueued: c.Start,
 		suspended: true,
 		life:      c.Life,
-		locals:    make(chan *entry, 1), // only the head is released
+		lost:      make(chan *entry, 1), // only the head is released
+		overdue:   time.NewTimer(c.LocalTimeout),
 		busy:      make(chan struct{}, 1),
 		flushing:  make(chan struct{}, 1),
 		stopped:   make(chan struct{}),
@@ -341,12 +346,8 @@ func (r release) do(p *Pipeline) {
 	case r.session != nil:
 		r.session.writeCommit()
 	case r.local != nil:
-		select {
-		case <-r.local.local.Finished():
-		default:
-			r.local.local.Release()
-		}
-		p.locals <- r.local
+		p.overdue.Reset(p.cfg.LocalTimeout)
+		r.local.local.Release(func(committed bool) { p.localEnded(r.local, committed) })
 	}
 }
 
@@ -358,7 +359,7 @@ func (p *Pipeline) advance() (r release) {
 	}
 	switch {
 	case head.local != nil && head.state == stateWaiting:
-		r.local = head
+		r.local, head.released = head, time.Now()
 	case head.state == stateReady: // also a local one, when it is applied from the log
 		r.session = head.worker.session
 	default:

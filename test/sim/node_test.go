@@ -385,7 +385,7 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 		item := apply.Item{CSN: d.Verdict.CSN, Index: d.Index, Set: d.Set, Chunks: d.Chunks}
 		switch {
 		case held != nil:
-			item.Local = local{held}
+			item.Local = held
 		case own && gid.Incarnation != i.id && !i.n.run.options.forgetful:
 			item.Local = earlier{}
 		}
@@ -399,19 +399,11 @@ func (i *incarnation) deliver(decisions []replication.Decision) {
 	}
 }
 
-type local struct{ *coord.Transaction }
-
-func (l local) Committed() bool { return l.DidCommit() }
-
 type earlier struct{}
 
-var gone = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
-
-func (earlier) Release()                  {}
-func (earlier) Finished() <-chan struct{} { return gone }
-func (earlier) Committed() bool           { return false }
-func (earlier) PID() uint32               { return 0 }
-func (earlier) Visible(txn.CSN)           {}
+func (earlier) Release(ended func(committed bool)) { ended(false) }
+func (earlier) PID() uint32                        { return 0 }
+func (earlier) Visible(txn.CSN)                    {}
 
 type order struct{ *incarnation }
 
@@ -498,6 +490,23 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 	if r.options.hasty {
 		r.tell(t.GID(), acknowledged)
 	}
+	answer := make(chan error, 1)
+	letThrough := sync.OnceFunc(func() {
+		r.reach(i.n, "COMMIT is let through")
+		if i.killed() {
+			return
+		}
+		r.group.Go(func() { // the server goes on when the sidecar is dead
+			s.pause(300 * time.Microsecond)
+			r.reach(i.n, "COMMIT arrives")
+			err := s.commit(true)
+			r.reach(i.n, "COMMIT is done")
+			answer <- err
+		})
+	})
+	if rng.IntN(2) == 0 { // or the session does it when it hears of it
+		t.OnRelease(func(txn.GID) { letThrough() })
+	}
 	r.reach(i.n, "COMMIT is held back")
 	if xid := s.mark(); xid == 0 {
 		t.Lost()
@@ -557,18 +566,10 @@ func (i *incarnation) transaction(rng *rand.Rand) {
 			r.tell(t.GID(), unknown)
 			return
 		case txn.StepRelease:
-			r.reach(i.n, "COMMIT is let through")
+			letThrough()
 			if i.killed() {
 				return
 			}
-			answer := make(chan error, 1)
-			r.group.Go(func() { // the server goes on when the sidecar is dead
-				s.pause(300 * time.Microsecond)
-				r.reach(i.n, "COMMIT arrives")
-				err := s.commit(true)
-				r.reach(i.n, "COMMIT is done")
-				answer <- err
-			})
 			err := <-answer
 			if i.killed() {
 				r.tell(t.GID(), unknown)

@@ -198,15 +198,14 @@ func (c *Coordinator) BeginAs(ctx context.Context, gid txn.GID, base txn.CSN, pi
 	}
 	invariant.Check(gid.Incarnation == c.cfg.Incarnation && c.open[gid] == nil, "begin commit of %s, which is in use or of another life", gid)
 	t := &Transaction{
-		c:        c,
-		gid:      gid,
-		nonce:    newNonce(),
-		base:     min(base, seen),
-		seen:     seen,
-		pid:      pid,
-		begun:    time.Now(),
-		events:   make(chan txn.Event, maxEvents),
-		finished: make(chan struct{}),
+		c:      c,
+		gid:    gid,
+		nonce:  newNonce(),
+		base:   min(base, seen),
+		seen:   seen,
+		pid:    pid,
+		begun:  time.Now(),
+		events: make(chan txn.Event, maxEvents),
 	}
 	c.open[t.gid] = t
 	return t, nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -168,13 +169,12 @@ func TestCommitInTurn(t *testing.T) {
 			b.Fatal("not held")
 		}
 		p.answer <- nil
-		tx.Release()
+		ended := release(tx)
 		if e := b.want(tx, txn.StepRelease); e.CSN != 13 {
 			b.Errorf("released at %d", e.CSN)
 		}
 		tx.Committed()
-		<-tx.Finished()
-		if !tx.DidCommit() {
+		if !<-ended {
 			b.Error("not committed")
 		}
 		tx.Close()
@@ -307,7 +307,7 @@ func TestBatchGrowsWhileTransactionsWaitForTheirTurn(t *testing.T) {
 			t.Fatal("proposed while others wait for their turn")
 		default:
 		}
-		first[0].Release()
+		release(first[0])
 		b.want(first[0], txn.StepRelease)
 		first[0].Committed()
 		if p := <-b.order.proposals; len(p.entry.Transactions) != 3 {
@@ -315,6 +315,73 @@ func TestBatchGrowsWhileTransactionsWaitForTheirTurn(t *testing.T) {
 		} else {
 			p.answer <- nil
 		}
+	})
+}
+
+// release returns what takes the word on the transaction's end; a second one would not fit.
+func release(tx *Transaction) (ended <-chan bool) {
+	c := make(chan bool, 1)
+	tx.Release(func(committed bool) {
+		select {
+		case c <- committed:
+		default:
+			panic("ended twice")
+		}
+	})
+	return c
+}
+
+// Whoever releases a transaction may write its COMMIT for the session, but only if that waits for just this.
+func TestOnRelease(t *testing.T) {
+	run(t, func(b bench) {
+		decided := func(csn txn.CSN) (*Transaction, *[]txn.GID) {
+			tx, through := b.begin(), new([]txn.GID)
+			tx.OnRelease(func(gid txn.GID) {
+				if len(tx.events) > 0 {
+					b.Error("the session was woken first")
+				}
+				*through = append(*through, gid)
+			})
+			b.mark(tx)
+			(<-b.order.proposals).answer <- nil
+			b.Decided(tx.GID(), txn.Verdict{CSN: csn})
+			return tx, through
+		}
+		waits, through := decided(13)
+		ended := release(waits)
+		b.want(waits, txn.StepRelease)
+		if !slices.Equal(*through, []txn.GID{waits.GID()}) {
+			b.Errorf("let through: %v", *through)
+		}
+		waits.Committed()
+		waits.Committed() // which changes nothing
+		if !<-ended {
+			b.Error("not committed")
+		}
+		lost, through := decided(14)
+		lost.Lost()
+		if <-release(lost) || len(*through) > 0 {
+			b.Errorf("a lost one: let through %v", *through)
+		}
+		lost.Visible(14)
+		b.want(lost, txn.StepVisible)
+		left, through := decided(15)
+		left.Close()
+		if <-release(left) || len(*through) > 0 {
+			b.Errorf("one without a session: let through %v", *through)
+		}
+		left.Visible(15)
+		told, through := decided(16)
+		told.c.mu.Lock()
+		told.giveUp(errNoVerdict) // the session has not read it yet
+		told.c.mu.Unlock()
+		release(told)
+		if len(*through) > 0 {
+			b.Errorf("one that is told something else: let through %v", *through)
+		}
+		b.want(told, txn.StepUnknown)
+		b.want(told, txn.StepRelease)
+		told.Committed()
 	})
 }
 
@@ -341,9 +408,7 @@ func TestLost(t *testing.T) {
 		if held == nil {
 			b.Fatal("a lost transaction must stay known until it is visible")
 		}
-		held.Release()
-		<-held.Finished()
-		if held.DidCommit() {
+		if <-release(held) {
 			b.Error("lost and committed")
 		}
 		held.Visible(20)
@@ -352,10 +417,12 @@ func TestLost(t *testing.T) {
 		releasedOne := b.begin()
 		b.mark(releasedOne)
 		(<-b.order.proposals).answer <- nil
-		b.Decided(releasedOne.GID(), txn.Verdict{CSN: 21}).Release()
+		ended := release(b.Decided(releasedOne.GID(), txn.Verdict{CSN: 21}))
 		b.want(releasedOne, txn.StepRelease)
 		releasedOne.Close() // the session died inside COMMIT
-		<-releasedOne.Finished()
+		if <-ended {
+			b.Error("closed and committed")
+		}
 		releasedOne.Visible(21)
 		b.forget(early.GID(), proposedOne.GID(), queuedOne.GID(), releasedOne.GID())
 	})
@@ -369,7 +436,7 @@ func TestDetach(t *testing.T) {
 			b.mark(tx)
 			(<-b.order.proposals).answer <- nil
 		}
-		b.Decided(released.GID(), txn.Verdict{CSN: 13}).Release()
+		release(b.Decided(released.GID(), txn.Verdict{CSN: 13}))
 		b.want(released, txn.StepRelease)
 		b.Decided(waiting.GID(), txn.Verdict{CSN: 14})
 		b.Detach()
@@ -494,8 +561,9 @@ func TestUnknownIsNeverReportedAsAbort(t *testing.T) {
 		if held == nil {
 			b.Fatal("must stay known")
 		}
-		held.Release()
-		<-held.Finished()
+		if <-release(held) {
+			b.Error("closed and committed")
+		}
 		held.Visible(30)
 		b.forget(tx.GID())
 	})
@@ -563,7 +631,7 @@ func TestDoubtfulIsSettled(t *testing.T) {
 		if held != tx || len(b.InFlight()) != 1 {
 			b.Fatal("not held")
 		}
-		held.Release()
+		release(held)
 		held.Visible(13)
 		b.forget(tx.GID())
 	})
@@ -675,7 +743,7 @@ func TestDuplicateVerdictIsIgnored(t *testing.T) {
 		if b.Decided(tx.GID(), txn.Verdict{Reason: txn.AbortDuplicate}) != nil {
 			b.Error("decided twice")
 		}
-		tx.Release()
+		release(tx)
 		b.want(tx, txn.StepRelease)
 		tx.Committed()
 	})

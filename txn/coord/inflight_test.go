@@ -40,7 +40,7 @@ func TestTransactionsAreFollowed(t *testing.T) {
 		p.answer <- nil
 		stage("decided")
 		time.Sleep(3 * time.Millisecond)
-		tx.Release()
+		release(tx)
 		stage("released")
 		b.want(tx, txn.StepRelease)
 		tx.Committed()

@@ -37,9 +37,8 @@ type Transaction struct {
 	marked     time.Time
 	traced     time.Time // where the latest span ended
 	events     chan txn.Event
-	finished   chan struct{} // closed when the session has said Committed or Lost
-	deadline   time.Time     // for the verdict; set when queued
-	timer      *time.Timer   // calls expire then
+	deadline   time.Time   // for the verdict; set when queued
+	timer      *time.Timer // calls expire then
 
 	// Guarded by c.mu.
 	state     state
@@ -47,12 +46,13 @@ type Transaction struct {
 	csn       txn.CSN
 	awaitedBy uint64 // the batch that is being gathered and waits for this one
 	lost      bool   // the local transaction is gone: if the log commits it, the log is applied
-	told      bool   // finished is closed
+	told      bool   // the session has said Committed or Lost
 	ordered   bool   // certainly in the log
 	expired   bool   // deadline has passed
-	committed bool
-	doubtful  bool // the session was told that the outcome is unknown
-	orphan    bool // the session is gone: nobody reads events
+	doubtful  bool   // the session was told that the outcome is unknown
+	orphan    bool   // the session is gone: nobody reads events
+	through   func(txn.GID)
+	ended     func(committed bool) // set when released
 }
 
 // GID identifies this attempt.
@@ -122,31 +122,54 @@ func (t *Transaction) giveUp(why error) {
 	t.send(txn.Event{Step: txn.StepUnknown})
 }
 
-// Release lets the held-back COMMIT through. It does not block; Finished tells the end.
-func (t *Transaction) Release() {
+// OnRelease has through called by whoever releases the transaction, before StepRelease is sent: to write COMMIT to the server
+// then and there, because waking the session for it would delay every commit that comes after it. It is called once at most, and
+// must not block.
+func (t *Transaction) OnRelease(through func(txn.GID)) {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
-	if t.lost {
-		return // finished is closed already
-	}
-	t.state = released
-	t.send(txn.Event{Step: txn.StepRelease, CSN: t.csn})
+	t.through = through
 }
 
-// Finished is closed when the session has reported.
-func (t *Transaction) Finished() <-chan struct{} { return t.finished }
+// Release lets the held-back COMMIT through. It does not block; ended is told the session's report: false perhaps with locks
+// held.
+func (t *Transaction) Release(ended func(committed bool)) {
+	t.c.mu.Lock()
+	if t.lost {
+		t.c.mu.Unlock()
+		ended(false)
+		return
+	}
+	t.state, t.ended = released, ended
+	if t.through != nil && len(t.events) == 0 && !t.orphan {
+		t.c.mu.Unlock()
+		t.through(t.gid)
+		t.c.mu.Lock()
+	}
+	t.send(txn.Event{Step: txn.StepRelease, CSN: t.csn})
+	t.c.mu.Unlock()
+}
 
 // Committed is the session's report that the server said COMMIT.
-func (t *Transaction) Committed() { t.report(true) }
+func (t *Transaction) Committed() {
+	t.c.mu.Lock()
+	ended := t.ended
+	if t.told {
+		ended = nil
+	}
+	t.reportLocked(true)
+	t.c.mu.Unlock()
+	if ended != nil {
+		ended(true)
+	}
+}
 
 // Lost is the session's report that the local transaction is gone, or that nothing is known of it: the connection
 // broke, COMMIT failed, or it had to make way. Next then yields StepAbort, StepVisible or StepUnknown.
-func (t *Transaction) Lost() { t.report(false) }
-
-func (t *Transaction) report(committed bool) {
+func (t *Transaction) Lost() {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
-	t.reportLocked(committed)
+	t.reportLocked(false)
 }
 
 func (t *Transaction) reportLocked(committed bool) {
@@ -154,9 +177,10 @@ func (t *Transaction) reportLocked(committed bool) {
 		return
 	}
 	t.told = true
-	t.committed = committed
 	t.lost = !committed
-	close(t.finished)
+	if t.lost && t.ended != nil {
+		t.ended(false)
+	}
 	switch {
 	case t.state == finished:
 	case committed:
@@ -170,13 +194,6 @@ func (t *Transaction) reportLocked(committed bool) {
 		t.abort(txn.AbortEvicted)
 	}
 	// sending: the sender sees lost. proposed and later: the log decides.
-}
-
-// DidCommit reports, after Finished, whether the server said COMMIT.
-func (t *Transaction) DidCommit() bool {
-	t.c.mu.Lock()
-	defer t.c.mu.Unlock()
-	return t.committed
 }
 
 // Visible says that the transaction can be seen although the session did not report that it committed. The report may
