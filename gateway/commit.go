@@ -483,6 +483,9 @@ func (s *session) readReady(op *commitOp, m message) (value, failure []byte, err
 
 // readyFailed ends a commit whose ready statement failed: a deferred constraint, most often.
 func (s *session) readyFailed(op *commitOp, failure []byte) error {
+	s.wmu.Lock()
+	s.preparedReady = nil // it may have failed before the other form was replaced
+	s.wmu.Unlock()
 	if err := s.rollBack(); err != nil {
 		return s.connectionLost(op, err)
 	}
@@ -653,6 +656,10 @@ func (s *session) nudge(op *commitOp) (failure []byte, err error) {
 	return failure, err
 }
 
+// maxThrough is how much letThrough writes, in bytes of the client's: with more, and a server that answers each of many
+// messages, the write could block while nobody reads, and with it all that others wait for.
+const maxThrough = 4096
+
 // letThrough writes COMMIT on the goroutine of whoever was before this transaction in the order, if the session waits for just
 // that. Otherwise the session does it itself when it hears of the release.
 func (s *session) letThrough(gid txn.GID) {
@@ -661,20 +668,22 @@ func (s *session) letThrough(gid txn.GID) {
 	}
 	defer s.wmu.Unlock()
 	s.mu.Lock()
-	waits := s.phase == phaseDeciding && s.commit.GID() == gid && !s.undone && s.cancels == 0
+	waits := s.phase == phaseDeciding && s.commit.GID() == gid && !s.undone && s.cancels == 0 && len(s.commitOp.held) <= maxThrough
 	if waits {
 		s.phase, s.through = phaseEnding, true
+		s.appendCommitLocked(&s.commitOp) // under mu: the session may be about to hear something else, and to end the commit
 	}
 	s.mu.Unlock()
 	if waits {
-		_ = s.writeCommitLocked(&s.commitOp) // the session meets it too, when it reads
+		_ = s.flushServerLocked() // the session meets the error too, when it reads
 	}
 }
 
 // release lets COMMIT through and tells the client what the server says.
 func (s *session) release(op *commitOp) error {
 	s.wmu.Lock()
-	err := s.writeCommitLocked(op)
+	s.appendCommitLocked(op)
+	err := s.flushServerLocked()
 	s.wmu.Unlock()
 	if err != nil {
 		return s.commitLost(op, err)
@@ -682,8 +691,8 @@ func (s *session) release(op *commitOp) error {
 	return s.readCommitted(op)
 }
 
-// writeCommitLocked is called with wmu held.
-func (s *session) writeCommitLocked(op *commitOp) error {
+// appendCommitLocked is called with wmu held.
+func (s *session) appendCommitLocked(op *commitOp) {
 	b := s.toServer.buf
 	if op.xid {
 		b = appendRun(b, stReadOnly)
@@ -700,7 +709,6 @@ func (s *session) writeCommitLocked(op *commitOp) error {
 		b = appendRun(b, stReadWrite)
 	}
 	s.toServer.buf = appendSync(b)
-	return s.flushServerLocked()
 }
 
 // readCommitted reads the answer to COMMIT. The gateway's own Sync ends it: behind a COMMIT there is nothing that a

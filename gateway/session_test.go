@@ -408,6 +408,12 @@ func testDeferred(t *testing.T, f *fixture) {
 	expect(t, c, "COMMIT", "!23505 I")
 	expect(t, c, "BEGIN; INSERT INTO d VALUES (1); INSERT INTO d VALUES (1); COMMIT", "BEGIN INSERT 0 1 INSERT 0 1 !23505 I")
 	expect(t, c, "INSERT INTO d VALUES (1), (1)", "!23505 I")
+	s := f.session(c.PID())
+	s.wmu.Lock()
+	if s.preparedReady != nil {
+		t.Error("it is taken for certain which form of the ready statement exists after a failure that may have come before it was prepared")
+	}
+	s.wmu.Unlock()
 	w := f.wire(t, nil)
 	w.send(join(all("BEGIN"), all("INSERT INTO d VALUES (1), (1)"), all("COMMIT"), syncMessage)...)
 	if got := w.until(1); got != "1 2 n BEGIN 1 2 n INSERT_0_2 !23505 I" {
@@ -747,6 +753,36 @@ func testLetThrough(t *testing.T, f *fixture) {
 	if got := w.until(1); got != "T (1) SELECT_1 I" {
 		t.Errorf("then: %s", got)
 	}
+
+	// Whatever others write for the session must not be so much that they could wait for the client's server.
+	drained(f)
+	w.send(join(all("BEGIN"), all("INSERT INTO t VALUES (2)"), syncMessage)...)
+	w.until(1)
+	f.coord.holdNext()
+	messages := join(parse("", "COMMIT"), bind("", ""))
+	for range 2 * maxThrough {
+		messages = append(messages, describe(""))
+	}
+	w.send(join(messages, execute(""), syncMessage)...)
+	commit = <-f.coord.begun
+	<-commit.waiting
+	s := f.session(w.pid)
+	commit.through(commit.gid)
+	s.mu.Lock()
+	if s.through || s.phase != phaseDeciding {
+		t.Error("others write a COMMIT of any length")
+	}
+	s.mu.Unlock()
+	commit.events <- txn.Event{Step: txn.StepRelease}
+	if got := w.until(1); !strings.HasSuffix(got, " n n COMMIT I") {
+		t.Errorf("a long COMMIT: %s", got[max(0, len(got)-100):])
+	}
+}
+
+func (f *fixture) session(pid uint32) *session {
+	f.g.mu.Lock()
+	defer f.g.mu.Unlock()
+	return f.g.sessions[pid]
 }
 
 // testLateCancel: a cancel request that comes late does not meet the next statement.

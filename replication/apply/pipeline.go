@@ -382,7 +382,7 @@ func (p *Pipeline) claim(e *entry) bool {
 
 // open reports whether the head may become visible. Requires mu.
 func (p *Pipeline) open(head *entry) bool {
-	return !p.suspended && !(p.holding && head.last > p.held)
+	return !p.suspended && p.failure == nil && !(p.holding && head.last > p.held)
 }
 
 // letThrough requires mu.

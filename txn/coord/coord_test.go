@@ -428,6 +428,23 @@ func TestLost(t *testing.T) {
 	})
 }
 
+// Whoever releases may not have heard yet that the server is gone.
+func TestReleaseAfterDetach(t *testing.T) {
+	run(t, func(b bench) {
+		tx := b.begin()
+		tx.OnRelease(func(txn.GID) { b.Error("let through, and no server is there") })
+		b.mark(tx)
+		(<-b.order.proposals).answer <- nil
+		b.Decided(tx.GID(), txn.Verdict{CSN: 13})
+		b.Detach()
+		b.want(tx, txn.StepVisible)
+		if <-release(tx) || len(tx.events) > 0 {
+			b.Errorf("committed, or %d more steps", len(tx.events))
+		}
+		tx.Close()
+	})
+}
+
 // When the server is gone, the log's word is enough, whether it was said before or comes later.
 func TestDetach(t *testing.T) {
 	run(t, func(b bench) {

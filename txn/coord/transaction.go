@@ -135,7 +135,7 @@ func (t *Transaction) OnRelease(through func(txn.GID)) {
 // held.
 func (t *Transaction) Release(ended func(committed bool)) {
 	t.c.mu.Lock()
-	if t.lost {
+	if t.lost || t.state == finished { // by Detach
 		t.c.mu.Unlock()
 		ended(false)
 		return
