@@ -12,7 +12,8 @@ const (
 	StepLocal
 	// StepAbort: roll back now; Event.Reason says why.
 	StepAbort
-	// StepRelease: its turn in the order has come: let COMMIT through now, then report Committed or Lost.
+	// StepRelease: its turn in the order has come: let COMMIT through now, if whoever released it has not done so for the session,
+	// then report Committed or Lost.
 	StepRelease
 	// StepVisible, only after Lost or when the server is gone: the write set was applied from the log and is visible, or
 	// will be first of all when the server is back. The transaction did commit, but what else the rollback undid here

@@ -134,7 +134,7 @@ func (c *Coordinator) shut() {
 	c.due.Signal()
 }
 
-// Detach says that the local server is gone: nobody will Release anything any more, and no marker comes. From here on the
+// Detach says that the local server is gone: what is still released is not let through, and no marker comes. From here on the
 // log's word is the last: sessions whose transactions it lets commit, now or later, are told StepVisible at once. Those
 // whose write set has not come are undone. No commit begins.
 func (c *Coordinator) Detach() {

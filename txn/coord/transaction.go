@@ -44,15 +44,15 @@ type Transaction struct {
 	state     state
 	set       *txn.WriteSet
 	csn       txn.CSN
-	awaitedBy uint64 // the batch that is being gathered and waits for this one
-	lost      bool   // the local transaction is gone: if the log commits it, the log is applied
-	told      bool   // the session has said Committed or Lost
-	ordered   bool   // certainly in the log
-	expired   bool   // deadline has passed
-	doubtful  bool   // the session was told that the outcome is unknown
-	orphan    bool   // the session is gone: nobody reads events
-	through   func(txn.GID)
-	ended     func(committed bool) // set when released
+	awaitedBy uint64               // the batch that is being gathered and waits for this one
+	lost      bool                 // the local transaction is gone: if the log commits it, the log is applied
+	told      bool                 // the session has said Committed or Lost
+	ordered   bool                 // certainly in the log
+	expired   bool                 // deadline has passed
+	doubtful  bool                 // the session was told that the outcome is unknown
+	orphan    bool                 // the session is gone: nobody reads events
+	through   func(txn.GID)        // see OnRelease; nil: the session lets COMMIT through
+	ended     func(committed bool) // see Release; set when released, called once
 }
 
 // GID identifies this attempt.
